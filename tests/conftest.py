@@ -1,0 +1,3 @@
+from tests.support.hypothesis import register_profiles
+
+register_profiles()
