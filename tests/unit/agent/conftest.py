@@ -1,0 +1,9 @@
+import pytest
+
+from bamboo.agent.registry import wall_clock_ms
+from tests.support.stores import GatedStore
+
+
+@pytest.fixture
+def store() -> GatedStore:
+    return GatedStore(wall_clock_ms)
