@@ -239,7 +239,8 @@ class Agents:
     def _key(self, chat: Chat) -> IdempotencyKey | None:
         if chat.idempotency_key is None:
             return None
-        named = [content_json(chat.content), chat.session_id, chat.model, chat.provider]
+        session_id = None if chat.session_was_made else chat.session_id
+        named = [content_json(chat.content), session_id, chat.model, chat.provider]
         expires_ms = self._around.now_ms() + KEY_LIFETIME_MS
         return IdempotencyKey(chat.idempotency_key, hashlib.sha256(dumps(named)).digest(), expires_ms)
 

@@ -191,12 +191,14 @@ class Chat:
     """A chat as a client asked for it, on any transport. None means: not said, the session's or the server's default
     holds.
 
-    `idempotency_key` is the `Idempotency-Key` header, else `client_message_id`: one space of keys for the whole server.
-    `cancel_after_s` None is `on_disconnect: "continue"`.
+    `session_was_made` says that the client did not name the session, it was made for it: then the session does not
+    count for what an idempotency key stands for. `idempotency_key` is the `Idempotency-Key` header, else
+    `client_message_id`: one space of keys for the whole server. `cancel_after_s` None is `on_disconnect: "continue"`.
     """
 
     content: Content
     session_id: SessionId | None = None
+    session_was_made: bool = False
     model: str | None = None
     provider: str | None = None
     on_busy: OnBusy = "enqueue"

@@ -82,6 +82,8 @@ class Requests:
         self._stops: dict[SessionId, trio.Event] = {}
         self.session_id: SessionId | None = None
         """The connection's own session; None before `connect`."""
+        self._session_was_made = False
+        """`connect` named none: another connection of the same client has another."""
 
     async def handle(self, frame: Frame, nursery: trio.Nursery) -> None:
         """Do what the frame asks for and put its answer out; a stop goes on in a task of `nursery`, and is answered
@@ -138,6 +140,7 @@ class Requests:
         after = None if frame.after is None else parse_cursor(frame.after)
         if frame.session_id is None:
             session_id = new_session_id()
+            self._session_was_made = True
             self._outbox.put(answer(session_id, None))
         else:
             session_id = SessionId(frame.session_id)
@@ -183,13 +186,14 @@ class Requests:
 
     async def _chat(self, frame: ChatFrame, own_session_id: SessionId) -> None:
         asked = frame.chat(frame.content)
+        made = asked.session_id is None and self._session_was_made
         session_id = own_session_id if asked.session_id is None else asked.session_id
         await self._stop_done(session_id)
         if not self._outbox.follows(session_id):
             self._check_room(session_id)
         self._outbox.hold(session_id)
         try:
-            accepted = await self._services.agents.chat(replace(asked, session_id=session_id))
+            accepted = await self._services.agents.chat(replace(asked, session_id=session_id, session_was_made=made))
             self._outbox.put(frames.accepted_frame(accepted, frame.ref))
             if not self._outbox.follows(accepted.session_id):
                 subscription = self._services.bus.subscribe(accepted.session_id, doorbell=self._outbox.doorbell)

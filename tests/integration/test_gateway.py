@@ -139,6 +139,25 @@ async def test_a_chat_is_accepted_and_streams_to_its_terminal_event() -> None:
             assert [event["cursor"] for event in events] == [f"{epoch}.{int(before) + n}" for n in range(1, 7)]
 
 
+async def test_a_chat_sent_again_on_a_new_connection_is_the_same_run() -> None:
+    """Its client never learned the session that was made for it: the answer was lost with the connection."""
+    with trio.fail_after(DEADLINE_S):
+        async with open_gateway_world() as world:
+            async with world.connect() as client:
+                first = await client.chat("hello", client_message_id="m1")
+            async with world.connect() as client:
+                again = await client.chat("hello", client_message_id="m1")
+                call = await world.next_call()
+                call.end()
+                events = await client.until_terminal()
+            async with world.connect(session_id="named") as client:
+                other = await client.call({"type": "chat", "content": "hello", "client_message_id": "m1"})
+    assert again["accepted_as"] == "duplicate"
+    assert (again["session_id"], again["run_id"]) == (first["session_id"], first["run_id"])
+    assert events[0]["type"] == "user_message"
+    assert other["code"] == "idempotency_conflict"
+
+
 async def test_everybody_who_follows_a_session_gets_the_same_events() -> None:
     with trio.fail_after(DEADLINE_S):
         async with open_gateway_world() as world:
