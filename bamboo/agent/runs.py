@@ -150,8 +150,9 @@ class SessionRuns:
             self._around.slots.request(self)
 
     def slot_granted(self) -> None:
-        """A slot for the first queued run."""
-        if not self._queue or self.current is not None or self._leaving:
+        """A slot for the first queued run. Called from whatever session's task released it: it must not fail."""
+        dying = self._nursery.cancel_scope.cancel_called  # then it may be closed already: nothing can start in it
+        if not self._queue or self.current is not None or self._leaving or dying:
             self._around.slots.release()
             return
         run = self._queue.popleft()

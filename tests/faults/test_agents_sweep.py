@@ -4,9 +4,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 
+import pytest
 import trio
+import trio.testing
+from structlog.testing import capture_logs
 
 from bamboo.agent.registry import wall_clock_ms
+from bamboo.config import AgentConfig
 from bamboo.core.events import AgentToken, Event, Gap
 from bamboo.core.types import (
     Accepted,
@@ -14,13 +18,15 @@ from bamboo.core.types import (
     FinishDelta,
     ModelCall,
     ProviderDelta,
+    RunId,
     RunStatus,
     SessionId,
     TextDelta,
 )
-from bamboo.errors import ClientError
+from bamboo.errors import BambooError, ClientError
+from bamboo.store.base import Run
 from bamboo.store.memory import MemoryStore
-from tests.support.agents import World, chat, is_terminal, open_world
+from tests.support.agents import World, chat, config, is_terminal, open_world
 from tests.support.model import PlayedModel
 from tests.support.sweep import Check, Cut, sweep
 
@@ -169,6 +175,66 @@ def test_an_eviction_that_meets_a_chat_at_any_step_loses_neither() -> None:
         await check_log(store, [accepted])
 
     assert sweep(scenario, seeds=SEEDS).cancelled > 10
+
+
+class BrokenOnce(MemoryStore):
+    """A bug of ours, once: looking for a run raises what no store may."""
+
+    broken = True
+
+    async def run(self, run_id: RunId) -> Run | None:
+        if self.broken:
+            self.broken = False
+            await trio.lowlevel.checkpoint()
+            raise RuntimeError("a bug")
+        return await super().run(run_id)
+
+
+@pytest.mark.parametrize("death_first", [True, False])
+def test_a_slot_that_is_granted_to_a_runner_at_any_step_of_its_death_is_not_lost(*, death_first: bool) -> None:
+    """Session `s` waits for the one slot and dies of a bug; the slot comes free before, while and after it does."""
+
+    async def scenario(cut: Cut) -> None:
+        store = BrokenOnce(wall_clock_ms)
+        model = PlayedModel()
+        async with open_world(store, config(AgentConfig(max_active_runs=1)), model=model) as world:
+            holder = await world.agents.chat(chat("holds the slot", "other"))
+            waiting = await world.agents.chat(chat("waits for it", "s"))
+            call = await model.next_call()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(answer_all, model)
+                if death_first:
+                    nursery.start_soon(kill, world)
+                else:
+                    call.end()
+                with cut:
+                    await trio.testing.wait_all_tasks_blocked()
+                if death_first:
+                    call.end()
+                else:
+                    await kill(world)
+                await world.read_run("other", holder.run_id, holder.cursor)
+                await world.read_run("s", waiting.run_id, waiting.cursor)
+                nursery.cancel_scope.cancel()
+            assert world.agents.queued_runs == 0
+        assert world.agents.active_runs == 0
+        await check_log(store, [waiting])
+
+    with capture_logs() as logs:
+        assert sweep(scenario, seeds=range(60)).cancelled > 500
+    assert {line["session_id"] for line in logs if line["event"] == "runner_failed"} == {"s"}, "it took another along"
+
+
+async def kill(world: World) -> None:
+    with suppress(BambooError):
+        await world.agents.stop(S, RunId("run_that_nobody_knows"))
+
+
+async def answer_all(model: PlayedModel) -> None:
+    while True:
+        call = await model.next_call()
+        with suppress(trio.ClosedResourceError):  # its run is dead already
+            call.end()
 
 
 async def test_the_check_of_a_log_sees_a_run_that_has_no_end() -> None:
