@@ -3,13 +3,17 @@
 One scenario, every transport: what is asked over one is watched over all.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import trio
+from httpx_sse import aconnect_sse
 
+from bamboo.config import StreamConfig
 from tests.support import http_client, ws_client
 from tests.support.server import DEADLINE_S, running, server_config
 from tests.support.upstream import Answer, open_upstream
@@ -164,6 +168,33 @@ async def test_the_history_and_then_the_stream_show_everything_once(tmp_path: Pa
                 rest = [item.data for item in await (await connection.open_sse("GET", target)).until("agent_complete")]
     live = snapshot["live"] or {"text": ""}
     assert live["text"] + texts(rest) == "".join(TOKENS)
+
+
+async def test_a_client_that_takes_each_empty_line_for_an_event_sees_nothing_but_events(tmp_path: Path) -> None:
+    """httpx-sse does, once it has seen an id or a retry: behind a comment too."""
+    with trio.fail_after(DEADLINE_S):
+        async with open_upstream() as upstream:
+            settings = server_config(tmp_path, upstream.base_url, stream=StreamConfig(keep_alive_s=0.05))
+            async with running(settings) as server:
+                reply = upstream.answer(Answer(tokens=TOKENS, gated=True))
+                accepted = (
+                    await http_client.ask(server.http_url, "POST", "/api/v1/chat", json={"message": "hello"})
+                ).json()
+                url = server.http_url + accepted["stream_url"]
+                async with (
+                    httpx.AsyncClient() as client,
+                    aconnect_sse(client, "GET", url) as source,
+                    http_client.connect(server.http_url) as connection,
+                ):
+                    watching = await connection.open_sse("GET", accepted["stream_url"])
+                    comments = 0
+                    while comments < 3:  # both are silent for as long, so this one has had comments too
+                        item = await watching.next_item()
+                        comments += item is not None and item.comment is not None
+                    reply.release_all()
+                    seen = [json.loads(event.data) async for event in source.aiter_sse()]
+                whole = await all_events(server.http_url, accepted)
+    assert seen == whole
 
 
 async def test_a_clean_restart_makes_no_gap_and_loses_nothing(tmp_path: Path) -> None:
