@@ -109,6 +109,15 @@ class ClientError(BambooError):
     blame = "client"
 
 
+def session_not_found(session_id: str) -> ClientError:
+    return ClientError(ErrorCode.SESSION_NOT_FOUND, "there is no such session", session_id=session_id)
+
+
+def run_not_found(run_id: str | None = None) -> ClientError:
+    """Without `run_id` for what can be no run's id: it is not repeated."""
+    return ClientError(ErrorCode.RUN_NOT_FOUND, "there is no such run", run_id=run_id)
+
+
 class UpstreamError(BambooError):
     """A provider failed: it could not be reached, refused, broke its protocol or took too long."""
 

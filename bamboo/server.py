@@ -26,6 +26,7 @@ from bamboo.config import Config
 from bamboo.gateway.listener import Gateway, open_gateway
 from bamboo.llm.base import Providers
 from bamboo.llm.providers import open_providers
+from bamboo.store import wall_clock_ms
 from bamboo.store.base import Store
 from bamboo.store.retention import retain
 from bamboo.store.sqlite import open_sqlite_store
@@ -88,7 +89,9 @@ async def open_server(
     async with open_sqlite_store(config.storage) as store, open_providers(config.llm, environ) as providers:
         bus = EventBus(store, window_bytes=config.stream.window_bytes)
         async with (
-            open_agents(config, store=store, bus=bus, providers=providers, toolbox=toolbox) as agents,
+            open_agents(
+                config, store=store, bus=bus, providers=providers, toolbox=toolbox, now_ms=wall_clock_ms
+            ) as agents,
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(retain, store, config.storage)

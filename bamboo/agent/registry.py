@@ -2,7 +2,6 @@
 
 import hashlib
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -31,10 +30,6 @@ CLOSE_S: Final = 5.0
 """What runners have, after their runs ended, to make everything durable and leave."""
 
 log = structlog.get_logger("bamboo.agent")
-
-
-def wall_clock_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def new_session_id() -> SessionId:
@@ -253,7 +248,7 @@ async def open_agents(
     bus: EventBus,
     providers: Providers,
     toolbox: Callable[[], Toolbox],
-    now_ms: Callable[[], int] = wall_clock_ms,
+    now_ms: Callable[[], int],
 ) -> AsyncIterator[Agents]:
     """The agents, with the runs that an earlier process left taken up.
 

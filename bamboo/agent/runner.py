@@ -32,7 +32,7 @@ from bamboo.core.types import (
     StopReceipt,
     content_text,
 )
-from bamboo.errors import BambooError, ClientError, ErrorCode, StoreError
+from bamboo.errors import BambooError, ClientError, ErrorCode, StoreError, run_not_found, session_not_found
 from bamboo.llm.base import Provider
 from bamboo.store.base import Commit, DuplicateKey, IdempotencyKey, Run, Session, SessionLog
 
@@ -297,7 +297,7 @@ class AgentRunner:
 
     async def _update(self, changes: Mapping[str, Any]) -> Session:
         if self._session is None:
-            raise no_session(self.session_id)
+            raise session_not_found(self.session_id)
         session = replace(self._session, **changes, updated_ms=self._around.now_ms())
         self._around.providers.resolve(session.provider, session.model)
         await self._writer.submit(Entry((), session=session, retried=False)).wait()
@@ -312,9 +312,9 @@ class AgentRunner:
             if not runs:
                 record = await self._around.store.run(request.run_id)
                 if record is None or record.session_id != self.session_id:
-                    raise no_run(request.run_id)
+                    raise run_not_found(request.run_id)
         elif self._session is None:
-            raise no_session(self.session_id)
+            raise session_not_found(self.session_id)
         stopped = self._runs.end(runs, "user")
         self._nursery.start_soon(self._give_receipt, request, runs, stopped, trio.current_time())
 
@@ -334,7 +334,7 @@ class AgentRunner:
         """Stop everything, erase the session, refuse what waits in the inbox. Raises StoreError: then the session
         stays."""
         if self._session is None:
-            raise no_session(self.session_id)
+            raise session_not_found(self.session_id)
         runs = self._runs.all
         self._runs.end(runs, "deleted")
         for run in runs:
@@ -342,7 +342,7 @@ class AgentRunner:
         await self._writer.submit(Entry([(None, SessionClosed())], delete=True, retried=False)).wait()
         self._deleted = True
         self._home.forget(self.session_id)
-        refuse_all(self._inbox, no_session(self.session_id))
+        refuse_all(self._inbox, session_not_found(self.session_id))
         self._log.info("session_deleted")
 
     # What a run is made of.
@@ -373,14 +373,6 @@ class AgentRunner:
             config=config.agent,
             max_retries=config.llm.max_retries,
         )
-
-
-def no_session(session_id: SessionId) -> ClientError:
-    return ClientError(ErrorCode.SESSION_NOT_FOUND, "there is no such session", session_id=session_id)
-
-
-def no_run(run_id: RunId) -> ClientError:
-    return ClientError(ErrorCode.RUN_NOT_FOUND, "there is no such run", run_id=run_id)
 
 
 def draining(config: Config) -> ClientError:

@@ -9,7 +9,7 @@ import trio
 from bamboo.agent.registry import new_session_id
 from bamboo.bus.event_bus import EventBus
 from bamboo.core.types import Accepted, Chat, Cursor, MessageId, RunId, SessionId, StopReceipt
-from bamboo.errors import BambooError, ClientError, ErrorCode
+from bamboo.errors import BambooError, ClientError, ErrorCode, session_not_found
 from bamboo.gateway.admission import Admission
 from bamboo.gateway.outbox import Outbox
 from bamboo.store.base import Store
@@ -159,7 +159,7 @@ class Requests:
         if not await self._follow(
             session_id, after, lambda cursor: frames.subscribed_frame(session_id, cursor, frame.ref)
         ):
-            raise _session_not_found(session_id)
+            raise session_not_found(session_id)
 
     async def _follow(self, session_id: SessionId, after: Cursor | None, answer: Callable[[Cursor], bytes]) -> bool:
         """Subscribe, put the answer out, then follow. False, with nothing done, for a session that is not stored."""
@@ -234,7 +234,7 @@ class Requests:
         before = None if frame.before is None else MessageId(frame.before)
         snapshot = await self._services.store.history(session_id, limit=frame.limit, before=before)
         if snapshot is None:
-            raise _session_not_found(session_id)
+            raise session_not_found(session_id)
         page = {"session_id": session_id, **page_fields(snapshot)}
         fields = snapshot_fields(snapshot) if before is None else page
         self._outbox.put(frames.history_frame(fields, frame.ref))
@@ -266,7 +266,3 @@ class Requests:
             "active_runs": agents.active_runs,
             "queued_runs": agents.queued_runs,
         }
-
-
-def _session_not_found(session_id: SessionId) -> ClientError:
-    return ClientError(ErrorCode.SESSION_NOT_FOUND, "there is no such session", session_id=session_id)

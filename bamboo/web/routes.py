@@ -12,7 +12,7 @@ from quart_trio import QuartTrio
 
 from bamboo.bus.subscription import Subscription
 from bamboo.core.types import Accepted, Cursor, MessageId, RunId, SessionId
-from bamboo.errors import BambooError, ClientError, ErrorCode, StoreError
+from bamboo.errors import BambooError, ClientError, ErrorCode, StoreError, run_not_found, session_not_found
 from bamboo.store.base import Run
 from bamboo.store.records import page_fields, run_fields, session_fields, sessions_fields, snapshot_fields
 from bamboo.web.bodies import json_response, query_int, read_object
@@ -84,7 +84,7 @@ class Chats:
             run = await self._services.store.run(accepted.run_id)
         subscription = self._subscribe(accepted.session_id, accepted.run_id)
         if await subscription.begin(accepted.cursor) is None:
-            raise _no_session(accepted.session_id)
+            raise session_not_found(accepted.session_id)
         if run is not None:
             subscription.begin_at(subscription.seq, until=run.last_seq)
         return self._event_stream(
@@ -103,20 +103,20 @@ class Chats:
             return await self._stream_run(session, parse_run_id(request.args["run_id"]), after)
         subscription = self._subscribe(session, None)
         if await subscription.begin(after) is None:
-            raise _no_session(session)
+            raise session_not_found(session)
         return self._event_stream(subscription)
 
     async def _stream_run(self, session_id: SessionId, run_id: RunId, after: Cursor | None) -> Response:
         run = await self._services.store.run(run_id)
         if run is None or run.session_id != session_id:
             if await self._services.store.session(session_id) is None:
-                raise _no_session(session_id)
-            raise _no_run(run_id)
+                raise session_not_found(session_id)
+            raise run_not_found(run_id)
         subscription = self._subscribe(session_id, run_id)
         place = after if after is not None else run.first_cursor
         assert place is not None, "a stored run has its first event"
         if await subscription.begin(place) is None:
-            raise _no_session(session_id)
+            raise session_not_found(session_id)
         if run.last_seq is not None:
             if after is not None and subscription.seq >= run.last_seq:
                 return Response(b"", status=204)
@@ -157,7 +157,7 @@ class Chats:
         run_id = parse_run_id(text)
         run = await self._services.store.run(run_id)
         if run is None:
-            raise _no_run(run_id)
+            raise run_not_found(run_id)
         return run
 
 
@@ -174,7 +174,7 @@ class Sessions:
         before = request.args.get("before")
         snapshot = await self._store.history(session, limit=limit, before=None if before is None else MessageId(before))
         if snapshot is None:
-            raise _no_session(session)
+            raise session_not_found(session)
         return json_response(snapshot_fields(snapshot) if before is None else page_fields(snapshot))
 
     async def list(self) -> Response:
@@ -191,7 +191,7 @@ class Sessions:
         wanted = parse_session_id(session_id)
         session = await self._store.session(wanted)
         if session is None:
-            raise _no_session(wanted)
+            raise session_not_found(wanted)
         return json_response(session_fields(session))
 
     async def patch(self, session_id: str) -> Response:
@@ -208,7 +208,7 @@ class Sessions:
         limit = query_int("limit", DEFAULT_PAGE, MAX_PAGE)
         runs = await self._store.runs(wanted, limit=limit)
         if not runs and await self._store.session(wanted) is None:
-            raise _no_session(wanted)
+            raise session_not_found(wanted)
         return json_response({"runs": [run_fields(run) for run in runs]})
 
 
@@ -291,11 +291,3 @@ def _wants_event_stream() -> bool:
 
 def _stream_url(session_id: SessionId, run_id: RunId) -> str:
     return f"/api/v1/stream/{session_id}?run_id={quote(run_id, safe='')}"
-
-
-def _no_session(session_id: SessionId) -> ClientError:
-    return ClientError(ErrorCode.SESSION_NOT_FOUND, "there is no such session", session_id=session_id)
-
-
-def _no_run(run_id: RunId) -> ClientError:
-    return ClientError(ErrorCode.RUN_NOT_FOUND, "there is no such run", run_id=run_id)

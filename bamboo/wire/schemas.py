@@ -35,7 +35,7 @@ from bamboo.core.types import (
     TextPart,
     is_too_deep,
 )
-from bamboo.errors import ClientError, ErrorCode
+from bamboo.errors import ClientError, ErrorCode, run_not_found
 
 DEFAULT_PAGE: Final = 50
 MAX_PAGE: Final = 500
@@ -254,5 +254,5 @@ def parse_session_id(text: str) -> SessionId:
 def parse_run_id(text: str) -> RunId:
     """Raises ClientError `run_not_found` for what can be no run's id: none of ours looks like it."""
     if SESSION_ID_PATTERN.fullmatch(text) is None:
-        raise ClientError(ErrorCode.RUN_NOT_FOUND, "there is no such run")
+        raise run_not_found()
     return RunId(text)

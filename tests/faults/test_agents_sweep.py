@@ -9,7 +9,6 @@ import trio
 import trio.testing
 from structlog.testing import capture_logs
 
-from bamboo.agent.registry import wall_clock_ms
 from bamboo.config import AgentConfig
 from bamboo.core.events import AgentToken, Event, Gap
 from bamboo.core.types import (
@@ -24,6 +23,7 @@ from bamboo.core.types import (
     TextDelta,
 )
 from bamboo.errors import BambooError, ClientError
+from bamboo.store import wall_clock_ms
 from bamboo.store.base import Run
 from bamboo.store.memory import MemoryStore
 from tests.support.agents import World, chat, config, is_terminal, open_world

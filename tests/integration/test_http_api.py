@@ -7,10 +7,10 @@ import pytest
 import trio
 from pydantic import SecretStr
 
-from bamboo.agent.registry import wall_clock_ms
 from bamboo.config import AgentConfig, ServerConfig
 from bamboo.core.types import SessionId
 from bamboo.errors import StoreError
+from bamboo.store import wall_clock_ms
 from bamboo.store.memory import MemoryStore
 from tests.support.http_client import request_bytes
 from tests.support.stores import GatedStore

@@ -37,7 +37,12 @@ async def test_a_signal_drains_and_exits_with_0(tmp_path: Path, number: signal.S
                 server.send_signal(number)
                 assert await ws.close_code() == 1001
             assert await server.wait() == 0
-            assert "stopped" in [line["event"] for line in server.lines]
+            events = [line["event"] for line in server.lines]
+            assert "stopped" in events
+            # What an operator is told first: where, what answers, how to get a real model, where it is kept.
+            assert events[:4] == ["listening", "provider", "demo_model", "database"]
+            assert "OPENAI_API_KEY" in server.lines[2]["hint"]
+            assert server.lines[3]["path"] == str(tmp_path / "bamboo.db")
     with sqlite3.connect(tmp_path / "bamboo.db") as database:
         statuses = database.execute("SELECT count(*) FROM runs").fetchone()
     database.close()

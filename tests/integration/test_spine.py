@@ -4,8 +4,12 @@ One scenario, every transport: what is asked over one is watched over all.
 """
 
 import json
+import sqlite3
+import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
@@ -195,6 +199,34 @@ async def test_a_client_that_takes_each_empty_line_for_an_event_sees_nothing_but
                     seen = [json.loads(event.data) async for event in source.aiter_sse()]
                 whole = await all_events(server.http_url, accepted)
     assert seen == whole
+
+
+async def test_no_statement_of_the_database_runs_on_the_loops_thread(tmp_path: Path) -> None:
+    """From opening it to closing it, with a chat, its stream, its history and a stop between."""
+    called: list[str] = []
+
+    def profile(_frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and isinstance(getattr(function, "__self__", None), sqlite3.Connection | sqlite3.Cursor):
+            called.append(function.__name__)
+
+    sys.setprofile(profile)  # of this thread only
+    try:
+        with trio.fail_after(DEADLINE_S):
+            async with running(server_config(tmp_path)) as server:
+                url = server.http_url
+                accepted = (await http_client.ask(url, "POST", "/api/v1/chat", json={"message": "hello"})).json()
+                await all_events(url, accepted)
+                for path in ("history/{}", "sessions/{}", "sessions/{}/runs"):
+                    answer = await http_client.ask(url, "GET", f"/api/v1/{path.format(accepted['session_id'])}")
+                    assert answer.status == 200
+                await http_client.ask(url, "POST", f"/api/v1/stop/{accepted['session_id']}")
+        on_the_loop = list(called)
+        with closing(sqlite3.connect(":memory:")) as database:
+            database.execute("SELECT 1")
+    finally:
+        sys.setprofile(None)
+    assert "execute" in called, "the profile sees nothing"
+    assert on_the_loop == []
 
 
 async def test_a_clean_restart_makes_no_gap_and_loses_nothing(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import pytest
 import trio
 import trio.testing
 
-from bamboo.agent.registry import wall_clock_ms
 from bamboo.bus.log_reader import LogPage
 from bamboo.config import StreamConfig
 from bamboo.core.types import RunId, SessionId
 from bamboo.errors import StoreError
+from bamboo.store import wall_clock_ms
 from bamboo.store.memory import MemoryStore
 from tests.support.http_client import SseItem
 from tests.support.web import WebWorld, open_web_world, web_config

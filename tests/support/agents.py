@@ -4,12 +4,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from bamboo.agent.registry import Agents, open_agents, wall_clock_ms
+from bamboo.agent.registry import Agents, open_agents
 from bamboo.bus.event_bus import EventBus
 from bamboo.config import AgentConfig, Config, LlmConfig, ProviderConfig, StreamConfig
 from bamboo.core.events import AgentComplete, AgentError, AgentStopped, Event, Gap
 from bamboo.core.types import Chat, Cursor, RunId, SessionId, text_content
 from bamboo.llm.base import Providers
+from bamboo.store import wall_clock_ms
 from bamboo.store.base import Store
 from bamboo.tools.toolbox import EmptyToolbox, Toolbox
 from tests.support.model import PlayedModel

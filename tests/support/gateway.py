@@ -9,10 +9,10 @@ import trio
 import trio.testing
 
 from bamboo.agent.registry import Agents as RealAgents
-from bamboo.agent.registry import wall_clock_ms
 from bamboo.config import AgentConfig, Config, GatewayConfig, LlmConfig, ProviderConfig, ServerConfig, StreamConfig
 from bamboo.core.types import Accepted, Chat, RunId, SessionId, StopReceipt
 from bamboo.gateway.listener import Gateway, open_gateway
+from bamboo.store import wall_clock_ms
 from bamboo.store.base import Store
 from bamboo.store.memory import MemoryStore
 from tests.support.agents import World, open_world

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import trio
 import trio.testing
 
-from bamboo.agent.registry import wall_clock_ms
 from bamboo.config import AgentConfig, Config, LlmConfig, ProviderConfig, ServerConfig, StreamConfig
+from bamboo.store import wall_clock_ms
 from bamboo.store.base import Store
 from bamboo.store.memory import MemoryStore
 from bamboo.web.app import Web, open_web

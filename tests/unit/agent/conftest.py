@@ -1,6 +1,6 @@
 import pytest
 
-from bamboo.agent.registry import wall_clock_ms
+from bamboo.store import wall_clock_ms
 from tests.support.stores import GatedStore
 
 
