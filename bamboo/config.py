@@ -5,141 +5,40 @@ Values made in code are checked like those that are read: strictly, nothing is t
 """
 
 import difflib
-import re
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Final, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    StringConstraints,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
-_HOST_NAME: Final = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?:\.(?!-)[A-Za-z0-9-]{1,63})*\.?")
-_ORIGIN: Final = re.compile(r"https?://[^/?#@\s]+")
-
-
-def _host(text: str) -> str:
-    """An IP address, brackets around IPv6 taken off, or a host name."""
-    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    try:
-        return str(ip_address(bare))
-    except ValueError:
-        last_label = bare.rstrip(".").rpartition(".")[2]
-        if bare is not text or _HOST_NAME.fullmatch(bare) is None or last_label.isdigit():
-            raise ValueError("must be an IP address or a host name") from None
-        return bare.lower()
-
-
-def _split_bind(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535 or (":" in host and host[0] != "["):
-        raise ValueError('must be "host:port" (IPv6: "[::1]:port"), with a port from 0 to 65535')
-    return _host(host), int(port)
-
-
-def _bind(text: str) -> str:
-    _split_bind(text)
-    return text
-
-
-def _url(text: str, schemes: tuple[str, ...]) -> str:
-    problem = f"must be a URL that begins with {' or '.join(scheme + '://' for scheme in schemes)} and has a host"
-    try:
-        parts = urlsplit(text)
-        port_is_good = parts.port is None or parts.port > 0
-    except ValueError:
-        raise ValueError(problem) from None
-    if parts.scheme not in schemes or not parts.hostname or not port_is_good or re.search(r"\s", text):
-        raise ValueError(problem)
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("must be a URL without a user name, a password, a query and a fragment")
-    return text
-
-
-def _base_url(text: str) -> str:
-    return _url(text, ("http", "https")) if text else text
-
-
-def _public_url(text: str) -> str:
-    return _url(text, ("ws", "wss"))
-
-
-def _origin(text: str) -> str:
-    if _ORIGIN.fullmatch(text) is None:
-        raise ValueError('must be an origin as browsers send it, "https://host" or "https://host:port", no path')
-    return text.lower()
-
-
-def _token(secret: SecretStr) -> SecretStr:
-    if re.fullmatch(r"[\x21-\x7e]{1,4096}", secret.get_secret_value()) is None:
-        raise ValueError("must be 1 to 4096 visible ASCII characters: it travels in an HTTP header")
-    return secret
-
-
-def _variable_name(text: str) -> str:
-    if text and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is None:
-        raise ValueError(
-            "must be the name of an environment variable (the key itself has no place in the configuration)"
-        )
-    return text
-
-
-def _path(path: Path) -> Path:
-    if str(path) == "." or "\0" in str(path):
-        raise ValueError("must be the path of a file or directory")
-    return path
-
-
-def is_loopback(host: str) -> bool:
-    """Nobody but this machine reaches what listens on `host`. A name other than localhost may stand for any address."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host.rstrip(".") == "localhost"
-
-
-def _same_listener(a: str, b: str) -> bool:
-    """Whether listening on one port of both hosts would fail, as far as the names tell."""
-    wildcards, local = {"0.0.0.0", "::"}, {"localhost", "127.0.0.1", "::1"}  # noqa: S104 - compared with, not bound
-    return a == b or bool({a, b} & wildcards) or ("localhost" in (a, b) and {a, b} <= local)
-
-
-def misplaced(text: str, *keys: str) -> PydanticCustomError:
-    """A value that is good by itself but not beside the others. `keys` are the dotted keys to change, best first."""
-    return PydanticCustomError("misplaced", "{text}", {"text": text, "keys": list(keys)})
-
-
-def _kind(value: object) -> object:
-    if value == "anthropic":
-        raise ValueError('"anthropic" comes with a later version; this one has "openai" and "scripted"')
-    return value
+from bamboo.config_types import (
+    AnyPath,
+    BaseUrl,
+    Bind,
+    Bytes,
+    Count,
+    Days,
+    Host,
+    Network,
+    NotStrict,
+    Origin,
+    ProviderKind,
+    ProviderName,
+    PublicUrl,
+    Seconds,
+    Token,
+    VariableName,
+    is_loopback,
+    misplaced,
+    same_listener,
+    split_bind,
+)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, hide_input_in_errors=True, use_attribute_docstrings=True
     )
-
-
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Bytes = Annotated[int, Field(ge=1024)]
-Host = Annotated[str, AfterValidator(_host)]
-Token = Annotated[SecretStr, AfterValidator(_token)]
-AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_path)]
-HostName = Annotated[str, AfterValidator(_host)]
-Origin = Annotated[str, AfterValidator(_origin)]
-ProviderName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}\z")]
-NotStrict = Field(strict=False)  # a TOML array, or a list in code, for a tuple; its items stay strict
 
 
 class ServerConfig(Section):
@@ -151,14 +50,36 @@ class ServerConfig(Section):
     """TCP port number; 0 takes a free one."""
     auth_token: Token | None = None
     """Text that clients send as `Authorization: Bearer …`; unset, everybody who reaches the address may use it."""
+    certfile: AnyPath | None = None
+    """File of the TLS certificate with its chain (PEM), needs `keyfile`; set, the server speaks HTTPS."""
+    keyfile: AnyPath | None = None
+    """File of the certificate's private key (PEM, without a passphrase)."""
     max_connections: Count = 4000
-    """Number of connections open at once; one more is not served until another closes."""
+    """Number of connections open at once; one more is refused with 503."""
+    max_unauthenticated_per_address: Count = 256
+    """Number of connections, on either listener, that one client address may have open without having shown the token;
+    one more is refused. Counts only where a token is set."""
+    max_failed_auth_per_minute: Count = 30
+    """Number of wrong tokens per minute and client address, on both listeners together; above it the address is refused
+    with `overloaded`, whatever it shows."""
+    trusted_proxies: Annotated[tuple[Network, ...], NotStrict] = ()
+    """Addresses and networks of reverse proxies: for what comes from there, the client's address is the last one in
+    `X-Forwarded-For` that is not a proxy's."""
+    max_header_bytes: Bytes = 64 * 1024
+    """Bytes of the largest request head; a larger one is refused with 431."""
     max_body_bytes: Bytes = 8 * 1024 * 1024
     """Bytes of the largest request body; a larger one is refused with 413."""
-    allowed_hosts: Annotated[tuple[HostName, ...], NotStrict] = ()
+    allowed_hosts: Annotated[tuple[Host, ...], NotStrict] = ()
     """Host names, besides loopback's own, that a request's `Host` header may have while the bind is loopback."""
+    cors_origins: Annotated[tuple[Origin, ...], NotStrict] = ()
+    """Origins of other sites' browser pages that may use the HTTP API (CORS); none unless set."""
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30
     """Seconds that runs may go on for once the server was told to stop; what is left then ends as `interrupted`."""
+    header_timeout_s: Seconds = 15
+    """Seconds that a TLS handshake, and a request's head from its first byte on, may take; a new connection on which
+    nothing comes is closed after as many."""
+    body_timeout_s: Seconds = 60
+    """Seconds that a request's body may take to arrive whole; a later one is refused with 408."""
     keep_alive_s: Seconds = 75
     """Seconds after which an idle connection is closed."""
     write_timeout_s: Seconds = 30
@@ -170,10 +91,14 @@ class GatewayConfig(Section):
 
     enabled: bool = True
     """Whether the gateway listens at all."""
-    bind: Annotated[str, AfterValidator(_bind)] = "127.0.0.1:18790"
+    bind: Bind = "127.0.0.1:18790"
     """Address and TCP port number to listen on, `host:port` or `[::1]:port`; port 0 takes a free one."""
     auth_token: Token | None = None
     """Text that clients send as `Authorization: Bearer …` or in `connect.auth`; unset, it is `server.auth_token`."""
+    certfile: AnyPath | None = None
+    """File of the TLS certificate with its chain (PEM); unset, it is `server.certfile`."""
+    keyfile: AnyPath | None = None
+    """File of the certificate's private key; unset, it is `server.keyfile`."""
     max_connections: Count = 1000
     """Number of connections open at once; one more is refused with 503 before the upgrade."""
     max_subscriptions: Count = 100
@@ -188,28 +113,28 @@ class GatewayConfig(Section):
     """Bytes of the largest frame that a client may send; a larger one closes the connection with 1009."""
     allowed_origins: Annotated[tuple[Origin, ...], NotStrict] = ()
     """Origins of browser pages that may connect, besides the HTTP server's own as 127.0.0.1 and as localhost."""
-    public_url: Annotated[str, AfterValidator(_public_url)] | None = None
+    public_url: PublicUrl | None = None
     """The `ws://` or `wss://` URL that clients are told, where a proxy stands in front."""
 
     @property
     def host(self) -> str:
         """Of `bind`, without brackets."""
-        return _split_bind(self.bind)[0]
+        return split_bind(self.bind)[0]
 
     @property
     def port(self) -> int:
         """Of `bind`."""
-        return _split_bind(self.bind)[1]
+        return split_bind(self.bind)[1]
 
 
 class ProviderConfig(Section):
     """One LLM API."""
 
-    kind: Annotated[Literal["openai", "scripted"], BeforeValidator(_kind)]
+    kind: ProviderKind
     """`openai` is any server with an OpenAI-compatible API; `scripted` answers from a script, without a model."""
-    base_url: Annotated[str, AfterValidator(_base_url)] = ""
+    base_url: BaseUrl = ""
     """Where the API is, up to and without `/chat/completions`; needed by kind `openai`."""
-    api_key_env: Annotated[str, AfterValidator(_variable_name)] = ""
+    api_key_env: VariableName = ""
     """Name of the environment variable that holds the API key; empty for a server that needs none."""
     model: Annotated[str, Field(min_length=1)]
     """The model that answers where a chat and its session name none."""
@@ -239,6 +164,9 @@ class LlmConfig(Section):
 
     default_provider: ProviderName = "openai"
     """Name of the provider that answers where a chat and its session name none; one of `llm.providers`."""
+    fallback: Annotated[tuple[ProviderName, ...], NotStrict] = ()
+    """Names of providers that are tried in this order, each with its own model, when a model call of the default one
+    has failed for good before its first delta; only for chats that named neither provider nor model."""
     max_retries: Annotated[int, Field(ge=0, le=20)] = 2
     """Number of further attempts after a model call that failed before its first delta."""
     providers: dict[ProviderName, ProviderConfig] = Field(default_factory=shipped_providers)
@@ -252,6 +180,9 @@ class AgentConfig(Section):
     """Text that the model is told first, where a chat and its session have none of their own."""
     max_active_runs: Count = 200
     """Number of runs that work at once; further ones are queued."""
+    max_live_sessions: Count = 10000
+    """Number of sessions in memory at once; above it the one that has been idle longest leaves, and if none is idle the
+    chat is refused with `overloaded`."""
     max_queued_runs: Count = 2000
     """Number of queued runs in all; above it chats are refused with `overloaded`."""
     max_queued_runs_per_session: Count = 20
@@ -294,8 +225,14 @@ class StorageConfig(Section):
     """`normal` survives a crash of the process, `full` also a power cut, at one disk flush per commit."""
     commit_timeout_s: Seconds = 10
     """Seconds that a commit may take before the store counts as unavailable."""
-    retention_days: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 7
+    retention_days: Days = 7
     """Days that events stay in a session's log, 0 for ever; messages stay in any case."""
+    retention_session_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    """Bytes that one session's log may keep, 0 for any number; above it its oldest events go, its messages stay."""
+    retention_total_bytes: Annotated[int, Field(ge=0)] = 4 * 1024 * 1024 * 1024
+    """Bytes that all logs together may keep, 0 for any number; above it the oldest events of all go."""
+    session_retention_days: Days = 0
+    """Days after which a session in which nothing happens is deleted whole, its messages too; 0 never."""
 
 
 class SkillsConfig(Section):
@@ -335,18 +272,50 @@ class Config(Section):
             raise misplaced(
                 "is reachable from other machines, which needs gateway.auth_token or server.auth_token", "gateway.bind"
             )
-        if gateway.enabled and server.port == gateway.port != 0 and _same_listener(server.host, gateway.host):
+        if gateway.enabled and server.port == gateway.port != 0 and same_listener(server.host, gateway.host):
             raise misplaced(
                 f"the HTTP server and the gateway cannot both listen on port {server.port}",
                 "gateway.bind",
                 "server.port",
                 "server.host",
             )
-        if llm.default_provider not in llm.providers:
-            near = difflib.get_close_matches(llm.default_provider, llm.providers, 1, cutoff=0.0)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise misplaced(f"there is no provider of that name under llm.providers{hint}", "llm.default_provider")
+        for section in ("server", "gateway"):
+            certfile, keyfile = getattr(self, section).certfile, getattr(self, section).keyfile
+            if (certfile is None) is not (keyfile is None):
+                missing = "certfile" if certfile is None else "keyfile"
+                raise misplaced(f"is needed too: TLS takes certfile and keyfile ({section})", f"{section}.{missing}")
+        for name, key in [(llm.default_provider, "llm.default_provider"), *((n, "llm.fallback") for n in llm.fallback)]:
+            if name not in llm.providers:
+                near = difflib.get_close_matches(name, llm.providers, 1, cutoff=0.0)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise misplaced(f"there is no provider {name!r} under llm.providers{hint}", key)
         return self
+
+    @property
+    def limits(self) -> dict[str, int | float]:
+        """Every number that bounds something, by its dotted key: what `GET /api/v1/limits` and `connected.limits`
+        tell."""
+        limits: dict[str, int | float] = {}
+        for name, section in (
+            ("server", self.server),
+            ("gateway", self.gateway),
+            ("llm", self.llm),
+            ("agent", self.agent),
+            ("stream", self.stream),
+            ("storage", self.storage),
+        ):
+            if name == "gateway" and not self.gateway.enabled:
+                continue
+            for key, value in section:
+                if isinstance(value, int | float) and not isinstance(value, bool) and key != "port":
+                    limits[f"{name}.{key}"] = value
+        return limits
+
+    @property
+    def gateway_tls(self) -> tuple[Path, Path] | None:
+        """The gateway's certificate and key: its own, else the HTTP server's."""
+        own = self.gateway if self.gateway.certfile is not None else self.server
+        return None if own.certfile is None or own.keyfile is None else (own.certfile, own.keyfile)
 
     @property
     def gateway_token(self) -> SecretStr | None:

@@ -7,7 +7,7 @@ talking to its own origin), `Origin` keeps out cross-site requests, the bearer t
 import hmac
 from collections.abc import Collection
 
-from bamboo.config import is_loopback
+from bamboo.config_types import is_loopback
 
 _DEFAULT_PORTS = {"http": "80", "ws": "80", "https": "443", "wss": "443"}
 

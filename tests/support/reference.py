@@ -21,6 +21,10 @@ PAGE: Final = ROOT / "docs" / "configuration.md"
 MARK: Final = ("<!-- keys: begin (python -m tests.support.reference) -->", "<!-- keys: end -->")
 
 EXAMPLES: Final = {
+    "server.certfile": "/etc/bamboo/fullchain.pem",
+    "server.keyfile": "/etc/bamboo/privkey.pem",
+    "gateway.certfile": "/etc/bamboo/fullchain.pem",
+    "gateway.keyfile": "/etc/bamboo/privkey.pem",
     "server.auth_token": "a-long-random-text",
     "gateway.auth_token": "another-long-random-text",
     "gateway.public_url": "wss://bamboo.example/gateway",

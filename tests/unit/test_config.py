@@ -209,7 +209,7 @@ def test_what_is_given_in_code_is_not_merged_with_the_shipped_providers() -> Non
         ),
         (
             '[llm]\ndefault_provider = "opneai"\n',
-            "bamboo.toml: llm.default_provider: there is no provider of that name under llm.providers; did you mean",
+            "bamboo.toml: llm.default_provider: there is no provider 'opneai' under llm.providers; did you mean",
         ),
     ],
 )
