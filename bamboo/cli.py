@@ -1,7 +1,7 @@
-"""The command line: `serve` (also without a word), `check`.
+"""The command line: `serve` (also without a word), `check`, `backup`.
 
-Exit codes: 0 for a clean stop, 1 for a server that could not start or that failed, 2 for a configuration or arguments
-that are refused.
+Exit codes: 0 for a clean stop, or for what was asked for; 1 for a server that could not start or that failed, or for a
+backup that could not be made; 2 for a configuration or arguments that are refused.
 """
 
 import json
@@ -62,6 +62,24 @@ def check(outer_path: Path | None, path: Path | None) -> None:
     """Check the configuration and print what is in force, without secrets."""
     config = _load(path or outer_path)
     click.echo("\n".join(effective_toml(config, os.environ)))
+
+
+@main.command()
+@config_option
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.pass_obj
+def backup(outer_path: Path | None, path: Path | None, file: Path, *, force: bool) -> None:
+    """Copy the database to FILE, while the server runs or not. A server can be started from the copy."""
+    config = _load(path or outer_path)
+    from bamboo.store.sqlite.backup import BackupError, TargetError, back_up  # noqa: PLC0415 - not for the others
+
+    try:
+        size_bytes = back_up(config.storage.path, file, force=force)
+    except (BackupError, TargetError) as error:
+        click.echo(f"bamboo: {error}", err=True)
+        sys.exit(EXIT_CONFIG if isinstance(error, TargetError) else EXIT_START)
+    click.echo(f"{file}: {size_bytes} bytes, checked")
 
 
 def _load(path: Path | None) -> Config:

@@ -2,8 +2,7 @@
 
 Reading is on the `Store`, writing is on a `SessionLog` that only a session's owner has. What is written are events;
 run states and the history are projections of them, made in the same transaction with `bamboo.core.history`. One
-contract suite (`tests/contracts/test_store.py`) holds every implementation to these docstrings; `memory.py` is the
-oracle.
+contract suite (`tests/contracts/store/`) holds every implementation to these docstrings; `memory.py` is the oracle.
 
 Every method may raise `StoreError`. A read that is cancelled has no effect. A write that was handed over cannot be
 taken back: the caller awaits it shielded, with a deadline of its own.
@@ -12,7 +11,7 @@ taken back: the caller awaits it shielded, with a deadline of its own.
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from bamboo.bus.log_reader import LogReader
 from bamboo.core.events import Event
@@ -30,6 +29,20 @@ from bamboo.core.types import (
     StopReason,
     Usage,
 )
+
+STEP_BYTES: Final = 1024 * 1024
+"""What one step of `trim` or `erase` removes: no further row once that much has gone. A few milliseconds of a writer's
+time.
+"""
+
+STEP_LOGS: Final = 50
+"""From how many logs one step of `trim` removes rows: each lies in a place of its own, which costs like many rows."""
+
+SLICE_MS: Final = 3600 * 1000
+"""How exactly the oldest rows of all logs go first: a log gives up to an hour's rows at a time."""
+
+TOMBSTONES: Final = 10_000
+"""How many deleted sessions are remembered, the newest ones: ids and numbers only, about 100 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +158,10 @@ class Commit:
     """One transaction of a session's owner: all of it or nothing.
 
     `events` go on from the log's head without a hole. `session` creates the session or replaces its settings;
-    `accept` adds a queued run whose `UserMessage` is among the events, `key` is its idempotency key. `delete` erases
-    the session and all that belongs to it (log, messages, runs, epochs, keys) after `events`.
+    `accept` adds a queued run whose `UserMessage` is among the events, `key` is its idempotency key; a run's id is used
+    once, for ever. `delete` takes the session and all that belongs to it (log, messages, runs, epochs, keys) away after
+    `events`: from this commit on none of it can be read, and its id and its keys are free. A tombstone stays, one of
+    the newest TOMBSTONES; what the session held is erased in steps behind it (`Store.erase`).
     """
 
     events: Sequence[Event] = ()
@@ -242,15 +257,48 @@ class Store(LogReader, Protocol):
         really committed.
         """
 
-    async def trim(self, *, before_ms: int, limit: int) -> int:
-        """Retention, in a small step: remove from the front of the logs what is older than `before_ms`, and the keys
-        that have expired.
+    async def idle_sessions(self, *, before_ms: int, limit: int) -> Sequence[SessionId]:
+        """Sessions whose newest commit is from before `before_ms` and that have no unfinished run, the one that has
+        been idle longest first.
+        """
 
-        At most `limit` rows of logs and as many keys go in one call; the number of rows and keys removed is returned,
-        0 when there is nothing left to remove. A row holds one event or a chunk of deltas that were committed
-        together, and goes only if all of it is older. What goes is always the front of a log, and its floor rises
-        with it; never the first event of the session's oldest unfinished run or what is behind it. Messages, runs and
-        the head stay.
+    async def trim(self, *, limit: int, before_ms: int = 0, session_bytes: int = 0, total_bytes: int = 0) -> int:
+        """Retention, in a small step: remove from the logs what is older than `before_ms`, what is more than
+        `session_bytes` in one log and what is more than `total_bytes` in all of them, and the keys that have expired.
+        A bound of 0 is none.
+
+        A row holds one event or a chunk of deltas that were committed together (`codec.encode_events`), and counts
+        `Row.size_bytes`; the bytes of a log are those of its rows. What goes is always the front row of a log, and the
+        floor rises with it; never the first event of the session's oldest unfinished run or what is behind it, so that
+        a log keeps more than its bound while such a run holds it. Messages, runs and the head stay.
+
+        A front row goes if all of it is older than `before_ms` or its log keeps more than `session_bytes`. Only a call
+        that finds none of these looks at the total: then front rows go until the rest fits. Of the logs whose front row
+        goes, the one with the earliest is next (at one time that of the session that was stored first), and loses with
+        it what goes too and is less than SLICE_MS younger.
+
+        At most `limit` rows go in one call, no further one after STEP_BYTES, of at most STEP_LOGS logs, and `limit`
+        keys; the number of rows and keys removed is returned, 0 when there is nothing left to remove. A session that is
+        deleted meanwhile may let one step go further than `total_bytes` asks for.
+        """
+
+    async def erase(self, *, limit: int) -> int:
+        """Remove, in a small step, what deleted sessions have left: at most `limit` rows, no further one after
+        STEP_BYTES. Returns how much there was to do, 0 when no row is left.
+
+        With that last step nothing of a deleted session's content is left in any file of the store, unless a read that
+        began before keeps it from going: then a later call does it. Safe to interrupt by anything: the next call, or
+        the next process, goes on.
+        """
+
+    async def wait_deleted(self) -> None:
+        """Return as soon as `erase` has work: a session was deleted since the store was opened or this last returned.
+        For one task.
+        """
+
+    async def wait_grown(self, by_bytes: int) -> None:
+        """Return as soon as commits have added `by_bytes` to the logs, all together, since the store was opened or this
+        last returned. For one task.
         """
 
     async def mark_clean(self) -> None:

@@ -7,7 +7,6 @@ each besides the text.
 """
 
 import json
-import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -84,6 +83,12 @@ _TYPES: Final = {kind: body_type for body_type, kind in KINDS.items()}
 _DELTAS: Final = frozenset({AgentToken, AgentReasoning})
 
 
+ROW_BYTES: Final = 20
+"""What a row counts for besides its data: about what SQLite's cell and the other columns take. Sums of it are in
+databases: never change it.
+"""
+
+
 class Row(NamedTuple):
     """One row of a log: an event, or a chunk of deltas whose last one is `last_seq`. `time_ms` is the time of the
     newest event in it.
@@ -94,6 +99,11 @@ class Row(NamedTuple):
     kind: int
     time_ms: int
     data: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """What the row counts for where the bytes of a log are bounded."""
+        return ROW_BYTES + len(self.data)
 
 
 def encode_events(events: Sequence[Event]) -> list[Row]:
@@ -363,30 +373,14 @@ def encode_state(run: Run) -> bytes:
     return _dump(_record_fields(run, _STATE))
 
 
+def moved_state(state: bytes, epoch: Epoch) -> bytes:
+    """The state of a run whose log has only this epoch now."""
+    kept = _load(state)
+    if "first_cursor" in kept:
+        kept["first_cursor"][0] = epoch
+    return _dump(kept)
+
+
 def decode_run(run_id: RunId, session_id: SessionId, accepted: bytes, state: bytes) -> Run:
     values = _record_values(_load(accepted), _ACCEPTED) | _record_values(_load(state), _STATE)
     return Run(run_id, session_id, **values)
-
-
-# The list of sessions
-
-
-_PAGE_TOKEN: Final = re.compile(r"([0-9a-f]{1,15})-([0-9a-f]{1,15})")
-
-
-def page_token(updated_ms: int, number: int) -> str:
-    """Where a page of sessions ended: at the session with this time and number. Opaque to clients."""
-    return f"{updated_ms:x}-{number:x}"
-
-
-def parse_page_token(token: str) -> tuple[int, int]:
-    """The inverse of `page_token`. Raises ValueError for anything else."""
-    match = _PAGE_TOKEN.fullmatch(token)
-    if match is None:
-        raise ValueError("not a page token")
-    return int(match[1], 16), int(match[2], 16)
-
-
-def fold_title(title: str | None) -> bytes:
-    """A title, or a query for one, as they are compared: bytes, so that the database looks for exactly these."""
-    return b"" if title is None else _utf8(title.casefold())

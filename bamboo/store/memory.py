@@ -16,6 +16,10 @@ from bamboo.core.history import fold_step
 from bamboo.core.types import Cursor, Epoch, EpochStart, Message, MessageId, RunId, SessionId
 from bamboo.store import wall_clock_ms
 from bamboo.store.base import (
+    SLICE_MS,
+    STEP_BYTES,
+    STEP_LOGS,
+    TOMBSTONES,
     Commit,
     DuplicateKey,
     IdempotencyKey,
@@ -26,13 +30,17 @@ from bamboo.store.base import (
     SessionLog,
     Snapshot,
 )
-from bamboo.store.codec import fold_title, page_token, parse_page_token
+from bamboo.store.codec import Row, encode_events
+from bamboo.store.listing import fold_title, page_token, parse_page_token
 from bamboo.store.projection import Projected, accepted, fill_page, project_commit, queue_of, running_of
+from bamboo.store.upkeep import Upkeep
 
 
 @dataclass(slots=True)
 class _Kept:
-    """All that is kept of one session. `generation` is that of the store when the newest epoch was drawn."""
+    """All that is kept of one session. `generation` is that of the store when the newest epoch was drawn. `rows` are
+    the events as a database keeps them, because what goes is whole rows.
+    """
 
     number: int
     session: Session
@@ -41,6 +49,7 @@ class _Kept:
     floor: int
     head: int
     events: list[Event]
+    rows: list[Row]
     messages: list[Message]
     runs: dict[RunId, Run]
 
@@ -51,6 +60,23 @@ class _Kept:
     @property
     def extent(self) -> LogExtent:
         return LogExtent(tuple(self.epochs), self.floor, self.head)
+
+    @property
+    def log_bytes(self) -> int:
+        return sum(row.size_bytes for row in self.rows)
+
+    @property
+    def held(self) -> bool:
+        """The front row, if there is one, is the oldest unfinished run's or behind its first event."""
+        firsts = [run.first_cursor.seq + 1 for run in self.unfinished if run.first_cursor is not None]
+        return not self.rows or self.rows[0].last_seq >= min(firsts, default=self.head + 1)
+
+    def drop_row(self) -> int:
+        """Remove the front row. Returns what it took."""
+        row = self.rows.pop(0)
+        self.floor = row.last_seq
+        self.events = [event for event in self.events if event.seq > self.floor]
+        return row.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +100,7 @@ class MemoryStore:
         self._generation = 0
         self._clean = False
         self._numbers = 0
+        self._upkeep = Upkeep()
         self.tombstones: list[Tombstone] = []
 
     def __repr__(self) -> str:
@@ -160,12 +187,15 @@ class MemoryStore:
             assert commit.session is not None
             self._numbers += 1
             epochs = [EpochStart(log.epoch, 1)]
-            kept = _Kept(self._numbers, commit.session, epochs, self._generation, 0, 0, [], [], {})
+            kept = _Kept(self._numbers, commit.session, epochs, self._generation, 0, 0, [], [], [], {})
             self._sessions[session_id] = kept
         if commit.accept is not None:
             kept.runs[commit.accept.run_id] = accepted(commit.accept)
         kept.runs.update((run.run_id, run) for run in projected.changed)
+        rows = encode_events(commit.events)
         kept.events += commit.events
+        kept.rows += rows
+        self._upkeep.grown.add(sum(row.size_bytes for row in rows))
         kept.messages += (message for _, message in projected.messages)
         kept.head = projected.head
         settings = commit.session or kept.session
@@ -175,22 +205,68 @@ class MemoryStore:
     def _delete(self, session_id: SessionId, epoch: Epoch, head: int, now_ms: int) -> None:
         gone = self._sessions.pop(session_id)
         self._keys = {name: (key, run_id) for name, (key, run_id) in self._keys.items() if run_id not in gone.runs}
-        self.tombstones.append(Tombstone(session_id, epoch, head, now_ms))
+        self.tombstones = [*self.tombstones, Tombstone(session_id, epoch, head, now_ms)][-TOMBSTONES:]
+        self._upkeep.deleted.add(1)
 
-    async def trim(self, *, before_ms: int, limit: int) -> int:
+    # Looking after it
+
+    async def idle_sessions(self, *, before_ms: int, limit: int) -> Sequence[SessionId]:
         await trio.lowlevel.checkpoint()
-        removed = 0
-        for kept in self._sessions.values():
-            firsts = [run.first_cursor.seq + 1 for run in kept.unfinished if run.first_cursor is not None]
-            end = min(firsts, default=kept.head + 1)
-            while removed < limit and kept.events and kept.events[0].seq < end and kept.events[0].time_ms < before_ms:
-                kept.floor = kept.events.pop(0).seq
-                removed += 1
+        idle = [
+            (kept.session.updated_ms, kept.number, session_id)
+            for session_id, kept in self._sessions.items()
+            if kept.session.updated_ms < before_ms and not kept.unfinished
+        ]
+        return [session_id for _, _, session_id in sorted(idle)[:limit]]
+
+    async def trim(self, *, limit: int, before_ms: int = 0, session_bytes: int = 0, total_bytes: int = 0) -> int:
+        await trio.lowlevel.checkpoint()
+
+        def goes(kept: _Kept) -> bool:
+            too_much = bool(session_bytes) and kept.log_bytes > session_bytes
+            return too_much or kept.rows[0].time_ms < before_ms
+
+        def too_much_in_all(_kept: _Kept) -> bool:
+            return bool(total_bytes) and sum(kept.log_bytes for kept in self._sessions.values()) > total_bytes
+
+        removed = self._drop_rows(limit, goes) or self._drop_rows(limit, too_much_in_all)
         now_ms = self._now_ms()
         expired = [name for name, (key, _) in self._keys.items() if key.expires_ms <= now_ms][:limit]
         for name in expired:
             del self._keys[name]
         return removed + len(expired)
+
+    def _drop_rows(self, limit: int, goes: Callable[[_Kept], bool]) -> int:
+        """Remove front rows that go, at most a step's. Returns how many."""
+        removed = freed = 0
+        touched: set[int] = set()
+        while removed < limit and freed < STEP_BYTES:
+            losing = [kept for kept in self._sessions.values() if not kept.held and goes(kept)]
+            if not losing:
+                break
+            kept = min(losing, key=lambda kept: (kept.rows[0].time_ms, kept.number))
+            touched.add(kept.number)
+            if len(touched) > STEP_LOGS:
+                break
+            slice_end_ms = kept.rows[0].time_ms + SLICE_MS
+            while not kept.held and goes(kept) and kept.rows[0].time_ms < slice_end_ms:
+                freed += kept.drop_row()
+                removed += 1
+                if removed == limit or freed >= STEP_BYTES:
+                    break
+        return removed
+
+    async def erase(self, *, limit: int) -> int:
+        """Nothing is left of what is deleted, from the first moment on."""
+        del limit
+        await trio.lowlevel.checkpoint()
+        return 0
+
+    async def wait_deleted(self) -> None:
+        await self._upkeep.deleted.wait(1)
+
+    async def wait_grown(self, by_bytes: int) -> None:
+        await self._upkeep.grown.wait(by_bytes)
 
     # Reading
 

@@ -1,16 +1,37 @@
 """Stores to test with, how they are stopped and started, and a session's owner that writes what a runner would."""
 
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Protocol, Self
 
+import trio
+
 from bamboo.config import StorageConfig
-from bamboo.core.events import Event, EventBody, RunStarted, UserMessage
-from bamboo.core.types import Content, MessageId, RunId, SessionId, text_content
+from bamboo.core.events import (
+    AgentComplete,
+    AgentMessage,
+    AgentToolComplete,
+    Event,
+    EventBody,
+    RunStarted,
+    UserMessage,
+)
+from bamboo.core.types import (
+    Content,
+    MessageId,
+    RunId,
+    RunStats,
+    SessionId,
+    ToolCall,
+    ToolCallId,
+    Usage,
+    text_content,
+)
 from bamboo.store.base import Commit, IdempotencyKey, Run, Session, SessionLog, Store
 from bamboo.store.memory import MemoryStore
 from bamboo.store.sqlite import open_sqlite_store
+from bamboo.store.sqlite.store import SqliteStore
 
 DAY_MS = 24 * 3600 * 1000
 HELLO = text_content("hello")
@@ -76,6 +97,16 @@ class SqliteStand:
         await self.__aenter__()
 
 
+@asynccontextmanager
+async def opened(path: Path, *, wal_limit_bytes: int = 64 * 1024 * 1024) -> AsyncIterator[SqliteStore]:
+    """The store in this file; everything in the block, leaving it included, has 30 seconds."""
+    with trio.fail_after(30):
+        async with open_sqlite_store(
+            StorageConfig(path=path), now_ms=Clock(), wal_limit_bytes=wal_limit_bytes
+        ) as store:
+            yield store
+
+
 class Author:
     """Writes a session's log: numbers events behind the head, and stamps them with the clock."""
 
@@ -117,8 +148,10 @@ class Author:
             key=None if key is None else IdempotencyKey(key, fingerprint, self.clock.now_ms + DAY_MS),
         )
 
-    async def accept(self, run_id: str, *more: EventBody, key: str | None = None) -> None:
-        await self.log.commit(self.acceptance(run_id, *more, key=key))
+    async def accept(
+        self, run_id: str, *more: EventBody, key: str | None = None, fingerprint: bytes = b"content"
+    ) -> None:
+        await self.log.commit(self.acceptance(run_id, *more, key=key, fingerprint=fingerprint))
 
     async def start(self, run_id: str) -> None:
         await self.accept(run_id, STARTED)
@@ -128,6 +161,15 @@ class Author:
 
 
 STARTED = RunStarted("openai", "gpt", 1)
+COMPLETE = AgentComplete("stop", Usage(1, 2, 3), RunStats(1, 2, 3))
+
+
+def said(text: str, message_id: str, *, calls: tuple[ToolCall, ...] = ()) -> AgentMessage:
+    return AgentMessage(MessageId(message_id), text_content(text), "openai", "gpt", tool_calls=calls)
+
+
+def tool_result(message_id: str, call_id: str) -> AgentToolComplete:
+    return AgentToolComplete(MessageId(message_id), ToolCallId(call_id), "t", ok=True, result="out", elapsed_ms=1)
 
 
 async def all_events(store: Store, session_id: SessionId, *, max_bytes: int = 10_000_000) -> Sequence[Event]:

@@ -115,6 +115,9 @@ def _prepare(connection: sqlite3.Connection, synchronous: Literal["normal", "ful
     # Checkpoints are the checkpointer's and the writer's: an automatic one would sit in the middle of a commit.
     connection.execute("PRAGMA wal_autocheckpoint = 0")
     connection.execute("PRAGMA synchronous = FULL")
+    # What is removed is overwritten. FAST would leave it in every page that becomes free as a whole, which is nearly
+    # all of a deleted session.
+    connection.execute("PRAGMA secure_delete = ON").fetchone()
     check(connection)
     # The write-ahead log is what makes readers and the writer independent of each other.
     mode: str = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]

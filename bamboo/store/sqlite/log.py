@@ -14,6 +14,7 @@ from bamboo.store.codec import encode_events
 from bamboo.store.projection import project_commit
 from bamboo.store.sqlite.writer import Writer
 from bamboo.store.sqlite.writes import Plan, apply, load
+from bamboo.store.upkeep import Upkeep
 
 
 class SqliteLog:
@@ -23,8 +24,16 @@ class SqliteLog:
     from handing one over until its answer: only a commit that was cancelled leaves it so.
     """
 
-    def __init__(self, writer: Writer, session_id: SessionId, now_ms: Callable[[], int], generation: int) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        session_id: SessionId,
+        now_ms: Callable[[], int],
+        generation: int,
+        upkeep: Upkeep,
+    ) -> None:
         self._writer = writer
+        self._upkeep = upkeep
         self._now_ms = now_ms
         self._generation = generation
         self._turn = trio.Lock()
@@ -83,6 +92,8 @@ class SqliteLog:
             stored=self._number is not None,
             unfinished=self._runs,
         )
+        rows = () if commit.delete else encode_events(commit.events)
+        size_bytes = sum([row.size_bytes for row in rows])
         changed = {run.run_id: run for run in projected.changed}
         accept = None if commit.accept is None else changed.pop(commit.accept.run_id)
         plan = Plan(
@@ -96,7 +107,8 @@ class SqliteLog:
             accept=accept,
             key=commit.key,
             changed=tuple(changed.values()),
-            rows=() if commit.delete else encode_events(commit.events),
+            rows=rows,
+            size_bytes=size_bytes,
             messages=projected.messages,
             run_numbers=self._run_numbers,
             delete=commit.delete,
@@ -116,3 +128,7 @@ class SqliteLog:
         self._run_numbers = {run_id: numbers[run_id] for run_id in projected.unfinished}
         self.head = projected.head
         self._closed = commit.delete
+        if commit.delete:
+            self._upkeep.deleted.add(1)
+        else:
+            self._upkeep.grown.add(size_bytes)

@@ -19,10 +19,8 @@ from bamboo.store.codec import (
     decode_row,
     decode_run,
     decode_session,
-    fold_title,
-    page_token,
-    parse_page_token,
 )
+from bamboo.store.listing import fold_title, page_token, parse_page_token
 from bamboo.store.projection import fill_page, queue_of, running_of
 from bamboo.store.sqlite.files import store_error
 from bamboo.store.sqlite.schema import row_key, seq_of
@@ -203,6 +201,16 @@ def unfinished_sessions(connection: sqlite3.Connection) -> Sequence[SessionId]:
     return [session_id for (session_id,) in found]
 
 
+def idle_sessions(connection: sqlite3.Connection, before_ms: int, limit: int) -> Sequence[SessionId]:
+    found = connection.execute(
+        """SELECT session_id FROM heads JOIN sessions ON number = session
+        WHERE updated_ms < ? AND NOT EXISTS (SELECT 1 FROM runs WHERE runs.session = heads.session AND finished = 0)
+        ORDER BY updated_ms, session LIMIT ?""",
+        (before_ms, limit),
+    ).fetchall()
+    return [session_id for (session_id,) in found]
+
+
 _MESSAGES: Final = "SELECT message_id, run_id, data FROM messages JOIN runs ON runs.number = run"
 
 
@@ -263,12 +271,11 @@ def _live(connection: sqlite3.Connection, session_id: SessionId, number: int, ex
 
 def key_holder(connection: sqlite3.Connection, name: str, now_ms: int) -> KeyHolder | None:
     found = connection.execute(
-        """SELECT fingerprint, run_id FROM keys JOIN runs ON number = run WHERE name = ? AND expires_ms > ?""",
+        "SELECT fingerprint, run_id FROM keys JOIN runs ON number = run WHERE name = ? AND expires_ms > ?",
         (name, now_ms),
     ).fetchone()
     if found is None:
         return None
     fingerprint, run_id = found
-    run = find_run(connection, run_id)
-    assert run is not None, "a key is deleted with its run"
-    return KeyHolder(fingerprint, run)
+    run = find_run(connection, run_id)  # None: its session was deleted, and the key is not erased yet
+    return None if run is None else KeyHolder(fingerprint, run)

@@ -93,7 +93,20 @@ _VERSION_1: Final = (
     f"PRAGMA application_id = {APPLICATION_ID}",
 )
 
-MIGRATIONS: Final = (_VERSION_1,)
+_VERSION_2: Final = (
+    # The bytes of a log: the sum of `Row.size_bytes` over its rows. 20 is codec.ROW_BYTES, for ever.
+    "ALTER TABLE heads ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0",
+    """UPDATE heads SET bytes = (
+        SELECT coalesce(sum(20 + length(data)), 0) FROM events
+        WHERE id >= heads.session << 32 AND id < (heads.session + 1) << 32
+    )""",
+    # Numbers of deleted sessions of which something may still be there: rows, or, for those that are `bare` of rows,
+    # what the write-ahead log has of them.
+    "CREATE TABLE erasures (session INTEGER PRIMARY KEY, bare INTEGER NOT NULL)",
+    "CREATE INDEX erasures_with_rows ON erasures (session) WHERE bare = 0",
+)
+
+MIGRATIONS: Final = (_VERSION_1, _VERSION_2)
 """What makes version n + 1 of version n. Released ones never change; a new one is added at the end."""
 
 
@@ -105,7 +118,7 @@ def check(connection: sqlite3.Connection) -> None:
     """Raise ForeignDatabaseError if this is neither an empty database nor one of ours that this version knows.
     Changes nothing.
     """
-    version = _pragma(connection, "user_version")
+    version = version_of(connection)
     application = _pragma(connection, "application_id")
     tables: int = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if application != APPLICATION_ID and (application or version or tables):
@@ -116,9 +129,14 @@ def check(connection: sqlite3.Connection) -> None:
         )
 
 
+def version_of(connection: sqlite3.Connection) -> int:
+    """Of the schema; 0 for a database with nothing in it."""
+    return _pragma(connection, "user_version")
+
+
 def migrate(connection: sqlite3.Connection) -> None:
     """Bring a database that was checked to this version, each step in a transaction of its own."""
-    version = _pragma(connection, "user_version")
+    version = version_of(connection)
     for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
         connection.execute("BEGIN IMMEDIATE")
         for statement in statements:

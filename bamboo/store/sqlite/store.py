@@ -16,11 +16,12 @@ from bamboo.core.types import Message, MessageId, RunId, SessionId
 from bamboo.errors import StartError, StoreError
 from bamboo.store import wall_clock_ms
 from bamboo.store.base import KeyHolder, Run, Session, SessionLog, Snapshot
-from bamboo.store.sqlite import reads, writes
+from bamboo.store.sqlite import erasing, reads, trimming, writes
 from bamboo.store.sqlite.checkpoint import Checkpointer
 from bamboo.store.sqlite.files import FileLock, connect, connect_writer, locate
 from bamboo.store.sqlite.log import SqliteLog
 from bamboo.store.sqlite.writer import Writer
+from bamboo.store.upkeep import Upkeep
 
 READERS: Final = 3
 """Read-only connections: reads are short, and more threads than this only take turns."""
@@ -37,11 +38,20 @@ log = structlog.get_logger("bamboo.store")
 class SqliteStore:
     """`bamboo.store.base.Store`, in SQLite."""
 
-    def __init__(self, writer: Writer, readers: reads.Readers, now_ms: Callable[[], int], generation: int) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        checkpointer: Checkpointer,
+        readers: reads.Readers,
+        now_ms: Callable[[], int],
+        generation: int,
+    ) -> None:
         self._writer = writer
+        self._checkpointer = checkpointer
         self._readers = readers
         self._now_ms = now_ms
         self._generation = generation
+        self._upkeep = Upkeep()
         self._owned: set[SessionId] = set()
         self._clean = False
 
@@ -53,7 +63,7 @@ class SqliteStore:
         assert session_id not in self._owned, f"session {session_id} has an owner already"
         assert not self._clean, "the store is marked as cleanly stopped"
         self._owned.add(session_id)
-        session_log = SqliteLog(self._writer, session_id, self._now_ms, self._generation)
+        session_log = SqliteLog(self._writer, session_id, self._now_ms, self._generation, self._upkeep)
         try:
             await session_log.load(new_epoch=new_epoch)
             yield session_log
@@ -73,8 +83,31 @@ class SqliteStore:
             return False
         return True
 
-    async def trim(self, *, before_ms: int, limit: int) -> int:
-        return await self._writer.run(writes.trim(before_ms, limit, self._now_ms()))
+    async def idle_sessions(self, *, before_ms: int, limit: int) -> Sequence[SessionId]:
+        return await self._readers.run(lambda connection: reads.idle_sessions(connection, before_ms, limit))
+
+    async def trim(self, *, limit: int, before_ms: int = 0, session_bytes: int = 0, total_bytes: int = 0) -> int:
+        bounds, now_ms = trimming.Bounds(before_ms, session_bytes, total_bytes), self._now_ms()
+        step = await self._readers.run(lambda connection: trimming.choose(connection, bounds, limit, now_ms))
+        if not step:
+            return 0
+        return await self._writer.run(trimming.carry_out(step, limit, now_ms))
+
+    async def erase(self, *, limit: int) -> int:
+        if not await self._readers.run(erasing.pending):
+            return 0
+        erased = await self._writer.run(erasing.erase(limit))
+        if not erased.done:
+            await self._checkpointer.checkpoint()  # what it does the writer does not have to: folding is short then
+            if await self._writer.fold():
+                await self._writer.run(erasing.forget(erased.bare))
+        return erased.done
+
+    async def wait_deleted(self) -> None:
+        await self._upkeep.deleted.wait(1)
+
+    async def wait_grown(self, by_bytes: int) -> None:
+        await self._upkeep.grown.wait(by_bytes)
 
     async def extent(self, session_id: SessionId) -> LogExtent | None:
         return await self._readers.run(lambda connection: reads.extent(connection, session_id))
@@ -154,7 +187,8 @@ class _Opening:
         self._writer = Writer(files.path, files.connection, self._checkpointer, wal_limit_bytes=self._wal_limit_bytes)
         self._checkpointer.start()
         self._writer.start()
-        return SqliteStore(self._writer, reads.Readers(files.readers), self._now_ms, files.generation)
+        readers = reads.Readers(files.readers)
+        return SqliteStore(self._writer, self._checkpointer, readers, self._now_ms, files.generation)
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None

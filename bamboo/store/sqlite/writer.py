@@ -34,10 +34,11 @@ T = TypeVar("T")
 class _Operation(Generic[T]):
     """Work that waits for the writer, and later what came of it."""
 
-    __slots__ = ("done", "error", "result", "work")
+    __slots__ = ("done", "error", "folds", "result", "work")
 
-    def __init__(self, work: Callable[[sqlite3.Connection], T]) -> None:
+    def __init__(self, work: Callable[[sqlite3.Connection], T], *, folds: bool = False) -> None:
         self.work = work
+        self.folds = folds
         self.done = trio.Event()
         self.result: T | None = None
         self.error: Exception | None = None
@@ -63,6 +64,7 @@ class Writer:
         self._checkpointer = checkpointer
         self._wal_limit_bytes = wal_limit_bytes
         self._force_above_bytes = wal_limit_bytes
+        self._awaited_pass: int | None = None
         self._queue: SimpleQueue[_Operation[Any] | None] = SimpleQueue()
         self._token = trio.lowlevel.current_trio_token()
         self._thread = Thread(target=self._run, name="bamboo-store-writer", daemon=True)
@@ -94,9 +96,19 @@ class Writer:
         with StoreError. Runs in the writer's thread: `work` must not touch anything of trio's. If cancelled, the work
         is done all the same, later.
         """
+        return await self._hand_over(_Operation(work))
+
+    async def fold(self) -> bool:
+        """Fold all of the write-ahead log that is committed so far into the database, and empty it, between two
+        transactions. False: not done, because a reader is in the way.
+
+        Commits wait as long as it takes. Raises StoreError if the store is closed or does not take writes.
+        """
+        return await self._hand_over(_Operation(lambda _connection: False, folds=True))
+
+    async def _hand_over(self, operation: _Operation[T]) -> T:
         if self._stopped:
             raise StoreError("the store is closed", retry_after_s=None)
-        operation = _Operation(work)
         self._queue.put(operation)
         await operation.done.wait()
         if operation.error is not None:
@@ -122,10 +134,9 @@ class Writer:
             going = waiting is not None
             if group:
                 self._commit(group)
-                # The loop is gone only if the program is coming down: then nobody waits for an answer.
-                with suppress(trio.RunFinishedError):
-                    self._token.run_sync_soon(_answer, group)
+                self._answer([operation for operation in group if not operation.folds])
                 self._checkpointer.ask()
+                self._fold_for([operation for operation in group if operation.folds])
                 self._bound_wal()
         self._close()
 
@@ -162,35 +173,65 @@ class Writer:
             connection.execute("ROLLBACK TO operation")
         connection.execute("RELEASE operation")
 
+    def _answer(self, group: Sequence[_Operation[Any]]) -> None:
+        # The loop is gone only if the program is coming down: then nobody waits for an answer.
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(_set_done, group)
+
+    def _fold_for(self, folds: Sequence[_Operation[Any]]) -> None:
+        if not folds:
+            return
+        folded = False
+        try:
+            folded = self._empty_wal()
+        except sqlite3.Error as error:
+            log.warning("checkpoint_failed", error=str(error))
+        for operation in folds:
+            if operation.error is None:
+                operation.result = folded
+        self._answer(folds)
+
+    def _empty_wal(self) -> bool:
+        self._connection.execute(f"PRAGMA busy_timeout = {CHECKPOINT_BUSY_MS}")
+        try:
+            with self._checkpointer.turn:
+                busy: int = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        finally:
+            self._connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+        return not busy
+
     def _bound_wal(self) -> None:
         """Checkpoint for real where the checkpointer alone does not keep up: it never gets the last frames while
-        writing goes on.
+        writing goes on. It is told to go first, so that there is little left to do while commits wait.
         """
         try:
             size = os.stat(self._wal).st_size
             if size <= self._force_above_bytes:
+                self._awaited_pass = None
                 return
-            self._connection.execute(f"PRAGMA busy_timeout = {CHECKPOINT_BUSY_MS}")
-            try:
-                busy: int = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-            finally:
-                self._connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+            if self._awaited_pass is None:
+                self._awaited_pass = self._checkpointer.hurry()
+            late = size > self._force_above_bytes + self._wal_limit_bytes // 4
+            if self._checkpointer.passes < self._awaited_pass and not late:
+                return
+            self._awaited_pass = None
             # A reader that keeps an old snapshot stops it: come back when the log has grown some more, not after each
             # commit.
-            self._force_above_bytes = size + self._wal_limit_bytes // 8 if busy else self._wal_limit_bytes
+            self._force_above_bytes = self._wal_limit_bytes if self._empty_wal() else size + self._wal_limit_bytes // 8
         except (OSError, sqlite3.Error) as error:
             self._force_above_bytes += self._wal_limit_bytes // 8
             log.warning("checkpoint_failed", error=str(error))
 
     def _close(self) -> None:
         try:
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            # A backup that is being made keeps it from being done: it is no reason to wait, the next start reads on.
+            self._empty_wal()
         except sqlite3.Error as error:
             log.warning("checkpoint_failed", error=str(error))
         self._connection.close()
 
 
-def _answer(group: Sequence[_Operation[Any]]) -> None:
+def _set_done(group: Sequence[_Operation[Any]]) -> None:
     for operation in group:
         operation.done.set()
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from bamboo.core.types import Epoch, Message, RunId, SessionId
 from bamboo.store.base import DuplicateKey, IdempotencyKey, Run, Session
-from bamboo.store.codec import Row, encode_accepted, encode_message, encode_settings, encode_state, fold_title
+from bamboo.store.codec import Row, encode_accepted, encode_message, encode_settings, encode_state
+from bamboo.store.listing import fold_title
+from bamboo.store.sqlite.erasing import take_away
 from bamboo.store.sqlite.reads import find_extent, find_session, key_holder, session_number, unfinished_runs
-from bamboo.store.sqlite.schema import row_key, seq_of
+from bamboo.store.sqlite.schema import row_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def load(
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A commit, checked, projected and encoded. `changed` are runs that were accepted before; `number` is None for a
-    new session.
+    new session; `size_bytes` is what the rows add to the log.
     """
 
     session_id: SessionId
@@ -72,6 +74,7 @@ class Plan:
     key: IdempotencyKey | None
     changed: Sequence[Run]
     rows: Sequence[Row]
+    size_bytes: int
     messages: Sequence[tuple[int, Message]]
     run_numbers: Mapping[RunId, int]
     delete: bool
@@ -91,7 +94,7 @@ def apply(plan: Plan) -> Callable[[sqlite3.Connection], Applied]:
     def work(connection: sqlite3.Connection) -> Applied:
         if plan.delete:
             assert plan.number is not None
-            _erase(connection, plan, plan.number)
+            take_away(connection, plan.number, plan.epoch, plan.head, plan.now_ms)
             return Applied(plan.number, None)
         number = _put_session(connection, plan)
         run = _accept(connection, plan, number)
@@ -120,7 +123,7 @@ def _put_session(connection: sqlite3.Connection, plan: Plan) -> int:
         ).lastrowid
         assert number is not None
         connection.execute("INSERT INTO epochs VALUES (?, 0, ?, 1)", (number, plan.epoch))
-        connection.execute("INSERT INTO heads VALUES (?, 0, 0, ?, NULL, ?)", (number, plan.now_ms, plan.generation))
+        connection.execute("INSERT INTO heads VALUES (?, 0, 0, ?, NULL, ?, 0)", (number, plan.now_ms, plan.generation))
     elif settings is not None:
         connection.execute(
             "UPDATE sessions SET folded_title = ?, settings = ? WHERE number = ?",
@@ -152,7 +155,9 @@ def _accept(connection: sqlite3.Connection, plan: Plan, number: int) -> int | No
         taken = connection.execute(
             """INSERT INTO keys VALUES (:name, :fingerprint, :expires_ms, :run)
             ON CONFLICT (name) DO UPDATE SET fingerprint = :fingerprint, expires_ms = :expires_ms, run = :run
-            WHERE keys.expires_ms <= :accepted_ms""",
+            WHERE keys.expires_ms <= :accepted_ms OR NOT EXISTS (
+                SELECT 1 FROM runs JOIN sessions ON sessions.number = session WHERE runs.number = keys.run
+            )""",
             {
                 "name": key.key,
                 "fingerprint": key.fingerprint,
@@ -186,76 +191,10 @@ def _add_events(connection: sqlite3.Connection, plan: Plan, number: int, numbers
             (row_key(number, seq), numbers[message.run_id], message.message_id, encode_message(message)),
         )
     connection.execute(
-        "UPDATE heads SET head = ?, updated_ms = ?, oldest_ms = coalesce(oldest_ms, ?) WHERE session = ?",
-        (plan.head, plan.now_ms, plan.rows[0].time_ms if plan.rows else None, number),
+        """UPDATE heads SET head = ?, updated_ms = ?, oldest_ms = coalesce(oldest_ms, ?), bytes = bytes + ?
+        WHERE session = ?""",
+        (plan.head, plan.now_ms, plan.rows[0].time_ms if plan.rows else None, plan.size_bytes, number),
     )
-
-
-def _erase(connection: sqlite3.Connection, plan: Plan, number: int) -> None:
-    """Remove all of a session, and keep a tombstone."""
-    span = (row_key(number, 0), row_key(number + 1, 0))
-    connection.execute("DELETE FROM events WHERE id >= ? AND id < ?", span)
-    connection.execute("DELETE FROM messages WHERE id >= ? AND id < ?", span)
-    connection.execute("DELETE FROM keys WHERE run IN (SELECT number FROM runs WHERE session = ?)", (number,))
-    connection.execute("DELETE FROM runs WHERE session = ?", (number,))
-    connection.execute("DELETE FROM epochs WHERE session = ?", (number,))
-    connection.execute("DELETE FROM heads WHERE session = ?", (number,))
-    connection.execute("DELETE FROM sessions WHERE number = ?", (number,))
-    connection.execute(
-        "INSERT INTO tombstones (session_id, epoch, last_seq, time_ms) VALUES (?, ?, ?, ?)",
-        (plan.session_id, plan.epoch, plan.head, plan.now_ms),
-    )
-
-
-def trim(before_ms: int, limit: int, now_ms: int) -> Callable[[sqlite3.Connection], int]:
-    """Retention, as `Store.trim` says it."""
-
-    def work(connection: sqlite3.Connection) -> int:
-        # Sessions whose oldest row is old and is not held by an unfinished run, and the seq that must stay.
-        candidates = connection.execute(
-            """SELECT session, floor, stays FROM (
-                SELECT session, floor, oldest_ms, coalesce(
-                    (SELECT min(first_seq) FROM runs WHERE runs.session = heads.session AND finished = 0), head + 1
-                ) AS stays
-                FROM heads WHERE oldest_ms < ?
-            ) WHERE stays > floor + 1 ORDER BY oldest_ms LIMIT ?""",
-            (before_ms, limit),
-        ).fetchall()
-        removed = 0
-        for session, floor, stays in candidates:
-            if removed == limit:
-                break
-            removed += _trim_session(connection, session, floor, stays, before_ms, limit - removed)
-        expired = connection.execute(
-            "DELETE FROM keys WHERE name IN (SELECT name FROM keys WHERE expires_ms <= ? LIMIT ?)", (now_ms, limit)
-        )
-        return removed + expired.rowcount
-
-    return work
-
-
-def _trim_session(
-    connection: sqlite3.Connection, session: int, floor: int, stays: int, before_ms: int, limit: int
-) -> int:
-    rows = connection.execute(
-        "SELECT id, time_ms FROM events WHERE id > ? AND id < ? ORDER BY id LIMIT ?",
-        (row_key(session, floor), row_key(session + 1, 0), limit + 1),
-    ).fetchall()
-    count = 0
-    while count < len(rows) and count < limit:
-        key, time_ms = rows[count]
-        if time_ms >= before_ms or seq_of(key) >= stays:
-            break
-        count += 1
-    if count == 0:
-        return 0
-    last = rows[count - 1][0]
-    connection.execute("DELETE FROM events WHERE id > ? AND id <= ?", (row_key(session, floor), last))
-    oldest_ms = rows[count][1] if count < len(rows) else None
-    connection.execute(
-        "UPDATE heads SET floor = ?, oldest_ms = ? WHERE session = ?", (seq_of(last), oldest_ms, session)
-    )
-    return count
 
 
 def mark_clean(connection: sqlite3.Connection) -> None:

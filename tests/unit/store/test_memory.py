@@ -4,9 +4,9 @@ import pytest
 import trio
 
 from bamboo.core.events import AgentToken, SessionClosed
-from bamboo.core.types import SessionId
-from bamboo.store.base import Commit
-from bamboo.store.memory import open_memory_store
+from bamboo.core.types import Epoch, SessionId
+from bamboo.store.base import TOMBSTONES, Commit
+from bamboo.store.memory import Tombstone, open_memory_store
 from tests.support.store_stands import Author, Clock
 
 ONE = SessionId("one")
@@ -45,3 +45,15 @@ async def test_deleted_session_leaves_a_tombstone() -> None:
             (tombstone,) = store.tombstones
             assert (tombstone.session_id, tombstone.epoch, tombstone.last_seq) == (ONE, log.epoch, 3)
             assert tombstone.time_ms == clock.now_ms
+
+
+async def test_only_the_newest_tombstones_are_kept() -> None:
+    with trio.fail_after(5):
+        async with open_memory_store() as store:
+            store.tombstones = [Tombstone(SessionId(f"{index}"), Epoch("e"), 1, 0) for index in range(TOMBSTONES)]
+            async with store.own(ONE) as log:
+                author = Author(log, Clock())
+                await author.start("r")
+                await log.commit(Commit(author.events(None, SessionClosed()), delete=True))
+            assert len(store.tombstones) == TOMBSTONES
+            assert [store.tombstones[index].session_id for index in (0, -1)] == ["1", "one"]

@@ -219,3 +219,85 @@ async def test_stop_commits_what_waits_and_then_refuses(tmp_path: Path) -> None:
             await writer.run(insert(2))
     assert not wal_path(path).exists()  # folded into the database
     assert stored(path) == [1]
+
+
+def read_from_now(path: Path) -> sqlite3.Connection:
+    """A reader whose transaction has begun: the write-ahead log cannot be emptied under it."""
+    reader = connect(path, read_only=True)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM t").fetchone()
+    return reader
+
+
+async def test_fold_empties_the_write_ahead_log_behind_what_was_handed_over_before(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    async with open_writer(path) as writer:
+        hold = Hold()
+        folded: list[bool] = []
+
+        async def fold() -> None:
+            folded.append(await writer.fold())
+            folded.append(wal_path(path).stat().st_size == 0)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run, hold.work)
+            await hold.entered.wait()
+            for number in (1, 2):
+                nursery.start_soon(writer.run, insert(number))
+                await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(fold)
+            await trio.testing.wait_all_tasks_blocked()
+            assert wal_path(path).stat().st_size > 0
+            hold.let_go()
+        assert folded == [True, True]
+        assert stored(path) == [1, 2]
+        await writer.run(insert(3))
+        assert await writer.fold()
+    assert stored(path) == [1, 2, 3]
+
+
+async def test_fold_under_a_reader_says_so_and_nothing_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    async with open_writer(path) as writer:
+        await writer.run(insert(1))
+        reader = read_from_now(path)
+        await writer.run(insert(2))
+        assert not await writer.fold()
+        assert stored(path) == [1, 2]
+        reader.close()
+        assert await writer.fold()
+        assert stored(path) == [1, 2]
+
+
+async def test_fold_of_a_group_that_cannot_be_committed_fails_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    async with open_writer(path) as writer:
+        hold = Hold()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run, hold.work)
+            await hold.entered.wait()
+            outcomes: dict[int, object] = {}
+            nursery.start_soon(outcome, writer, orphan, outcomes, 0)
+            await trio.testing.wait_all_tasks_blocked()
+
+            async def fold() -> None:
+                with pytest.raises(StoreError):
+                    await writer.fold()
+
+            nursery.start_soon(fold)
+            await trio.testing.wait_all_tasks_blocked()
+            hold.let_go()
+        assert outcomes == {0: StoreError}
+
+
+async def test_write_ahead_log_is_folded_by_the_checkpointer_before_the_writer_has_to(tmp_path: Path) -> None:
+    """What is left to the writer is what was written during the checkpointer's pass."""
+    path = tmp_path / "db"
+    async with open_writer(path, wal_limit_bytes=1 << 16) as writer:
+        passes = writer._checkpointer.passes
+        number = biggest = 0
+        while (size := wal_path(path).stat().st_size) >= biggest:
+            biggest = size
+            number += 1
+            await writer.run(insert(number))
+        assert writer._checkpointer.passes > passes
