@@ -4,7 +4,7 @@ scope."""
 import math
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,12 +13,13 @@ import trio
 
 from bamboo.agent.writer import Entry, LogWriter
 from bamboo.config import AgentConfig
+from bamboo.core.attempts import Candidate, Failure
 from bamboo.core.events import EventBody, RunStarted, Terminal
-from bamboo.core.run import CallTools, Failure, RunLimits, RunMachine, RunSettings
+from bamboo.core.run import CallTools, RunLimits, RunMachine, RunSettings
 from bamboo.core.tool_calls import PlannedCall
 from bamboo.core.types import JsonObject, MessageId, ModelCall, RunId, StopReason, ToolResult
 from bamboo.errors import ErrorCode, StoreError, UpstreamError
-from bamboo.llm.base import Provider
+from bamboo.llm.base import Provider, RequestRejectedError
 from bamboo.store.base import Run, Store
 from bamboo.tools.toolbox import Toolbox
 
@@ -43,10 +44,9 @@ class RunDeadlines:
 
 @dataclass(frozen=True, slots=True)
 class RunMaterials:
-    """What a run is made of, fixed when it starts."""
+    """What a run is made of, fixed when it starts. `candidates`, each with its model, are asked one after the other."""
 
-    provider: Provider
-    model: str
+    candidates: Sequence[tuple[Provider, str]]
     system_prompt: str | None
     params: JsonObject | None
     toolbox: Toolbox
@@ -55,7 +55,8 @@ class RunMaterials:
 
     @property
     def started(self) -> RunStarted:
-        return RunStarted(self.provider.name, self.model, self.toolbox.revision)
+        provider, model = self.candidates[0]
+        return RunStarted(provider.name, model, self.toolbox.revision)
 
 
 class ActiveRun:
@@ -68,14 +69,13 @@ class ActiveRun:
     def __init__(self, record: Run, made_of: "RunMaterials") -> None:
         self.record = record
         self.started = made_of.started
-        self.provider = made_of.provider
+        self._providers = {provider.name: provider for provider, _ in made_of.candidates}
         self.toolbox = made_of.toolbox
         config = made_of.config
         self.machine = RunMachine(
             RunSettings(
                 run_id=record.run_id,
-                provider=made_of.provider.name,
-                model=made_of.model,
+                candidates=[Candidate(provider.name, model) for provider, model in made_of.candidates],
                 system_prompt=made_of.system_prompt,
                 params=made_of.params,
                 tools=made_of.toolbox.specs,
@@ -96,6 +96,11 @@ class ActiveRun:
     @property
     def run_id(self) -> RunId:
         return self.record.run_id
+
+    @property
+    def provider(self) -> Provider:
+        """The one that is asked now."""
+        return self._providers[self.machine.candidate.provider]
 
     def stop(self, reason: StopReason) -> bool:
         """Seal the run as stopped and cancel what it does. False: it was sealed already, and ends as it was."""
@@ -143,10 +148,12 @@ async def _step(run: ActiveRun, writer: LogWriter, now_ms: Callable[[], int]) ->
     try:
         await _call_model(run, machine.next_call(), writer, now_ms)
     except UpstreamError as error:
+        failed = run.provider.name
+        retry = machine.failed(_failure(error))
+        then = "the run has failed" if retry is None else f"{retry.body.provider} in {retry.body.delay_ms} ms"
         log.warning(
-            "provider_failed", run_id=run.run_id, provider=run.provider.name, code=error.code, error=error.message
+            "provider_failed", run_id=run.run_id, provider=failed, code=error.code, error=error.message, next=then
         )
-        retry = machine.failed(Failure(error.code, error.message, error.retryable, error.retry_after_s))
         if retry is not None:
             await _commit(writer, run.run_id, retry.body)
             await trio.sleep(retry.delay_s)
@@ -154,6 +161,11 @@ async def _step(run: ActiveRun, writer: LogWriter, now_ms: Callable[[], int]) ->
     step = machine.step_ended(now_ms())
     if step is not None:
         await _call_tools(run, step, writer, now_ms)
+
+
+def _failure(error: UpstreamError) -> Failure:
+    of_request = isinstance(error, RequestRejectedError)
+    return Failure(error.code, error.message, error.retryable, error.retry_after_s, of_request)
 
 
 async def _call_model(run: ActiveRun, call: ModelCall, writer: LogWriter, now_ms: Callable[[], int]) -> None:
@@ -165,18 +177,25 @@ async def _call_model(run: ActiveRun, call: ModelCall, writer: LogWriter, now_ms
             while deltas := await stream.receive():
                 for body in machine.feed(deltas, now_ms()):
                     writer.append_delta(run.run_id, body)
-                if not writer.has_room:
-                    patience.deadline = math.inf  # the store is behind, not the provider
-                    await writer.wait_room()
                 if waiting:
                     waiting = machine.waiting_for_first_delta
                 if not waiting:
                     patience.deadline = trio.current_time() + deadlines.idle_s
+                if not writer.has_room:
+                    await _wait_for_the_store(writer, patience)
     if patience.cancelled_caught:
         if waiting:
             message = f"{run.provider.name} sent nothing within {deadlines.first_token_s:g} s"
             raise UpstreamError(ErrorCode.FIRST_TOKEN_TIMEOUT, message)
         raise UpstreamError(ErrorCode.IDLE_TIMEOUT, f"{run.provider.name} fell silent for {deadlines.idle_s:g} s")
+
+
+async def _wait_for_the_store(writer: LogWriter, patience: trio.CancelScope) -> None:
+    """The store is behind, not the provider: the provider's time stands still."""
+    left_s = patience.deadline - trio.current_time()
+    patience.deadline = math.inf
+    await writer.wait_room()
+    patience.deadline = trio.current_time() + left_s
 
 
 async def _call_tools(run: ActiveRun, step: CallTools, writer: LogWriter, now_ms: Callable[[], int]) -> None:

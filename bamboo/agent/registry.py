@@ -10,14 +10,25 @@ from typing import Any, Final
 import structlog
 import trio
 
-from bamboo.agent.requests import ChatRequest, DeleteRequest, Request, StopRequest, UpdateRequest, duplicate_of
-from bamboo.agent.runner import AgentRunner, Handover, draining, refuse_all
+from bamboo.agent.acceptance import RETRY_AFTER_S, draining, no_room_to_queue
+from bamboo.agent.loading import Handover
+from bamboo.agent.requests import (
+    ChatRequest,
+    DeleteRequest,
+    Request,
+    StopRequest,
+    UpdateRequest,
+    duplicate_of,
+    refuse_all,
+)
+from bamboo.agent.runner import AgentRunner
 from bamboo.agent.slots import Slots
 from bamboo.agent.surroundings import Surroundings
+from bamboo.agent.writer import WriterLostError
 from bamboo.bus.event_bus import EventBus
 from bamboo.config import Config
 from bamboo.core.types import Accepted, Chat, RunId, SessionId, StopReceipt
-from bamboo.errors import BambooError, ClientError, ErrorCode, StoreError
+from bamboo.errors import BambooError, ClientError, ErrorCode, StoreError, run_not_found, session_not_found
 from bamboo.llm.base import Providers
 from bamboo.store.base import IdempotencyKey, Session, Store
 from bamboo.tools.toolbox import Toolbox
@@ -28,6 +39,10 @@ KEY_LIFETIME_MS: Final = 24 * 3600 * 1000
 
 CLOSE_S: Final = 5.0
 """What runners have, after their runs ended, to make everything durable and leave."""
+
+RECOVER_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Pauses between attempts to recover a session that a bug keeps from being recovered; the last one repeats. A request
+for the session ends the pause."""
 
 log = structlog.get_logger("bamboo.agent")
 
@@ -42,26 +57,43 @@ def new_run_id() -> RunId:
 
 @dataclass(slots=True)
 class _Live:
-    """A session with a runner. `ended` is set when the runner has let go of the session."""
+    """A session with a runner. `ended` is set when the runner has let go of the session, `asked` with each request.
+    `unsettled`: it has, or may have, runs that nothing drives."""
 
     inbox: trio.MemorySendChannel[Request]
-    ended: trio.Event = field(default_factory=trio.Event)
+    unsettled: bool
     runner: AgentRunner | None = None
+    ended: trio.Event = field(default_factory=trio.Event)
+    asked: trio.Event = field(default_factory=trio.Event)
+
+    async def wait_asked(self, patience_s: float) -> None:
+        """Return with the next request, or when the inbox is closed, but after `patience_s` at the latest."""
+        self.asked = trio.Event()
+        with trio.move_on_after(patience_s):
+            await self.asked.wait()
 
 
 class Agents:
     """What web and gateway ask. Every request is carried out once it is in a runner's inbox: a caller that is cancelled
-    undoes nothing."""
+    undoes nothing.
+
+    Sessions in memory are bounded by `agent.max_live_sessions`. `_idle` are those of `_live` that have nothing to do,
+    the one that has been idle longest first: it makes room for another. `_leaving` are those that were told to leave,
+    until they have: they have nothing to wait for any more, so there are only ever a few of them. Beyond the bound go,
+    at a start, the sessions that an earlier process left with unfinished runs: these were accepted, so they are taken
+    up.
+    """
 
     def __init__(self, around: Surroundings, nursery: trio.Nursery) -> None:
         self._around = around
         self._nursery = nursery
         self._live: dict[SessionId, _Live] = {}
+        self._idle: dict[SessionId, None] = {}
         self._leaving: dict[SessionId, _Live] = {}
-        self._handovers: dict[SessionId, Handover] = {}
-        """Of sessions whose last runner died; one for each that could not be taken up again yet."""
         self.draining = False
         self.queued_runs = 0
+        self.settled = True
+        """All that was published, as far as sessions have left memory, is durable: what a clean stop promises."""
 
     def __repr__(self) -> str:
         return f"<Agents {len(self._live)} sessions, {self.active_runs} runs active, {self.queued_runs} queued>"
@@ -90,8 +122,13 @@ class Agents:
             raise draining(self._around.config)
         if chat.provider is not None:
             self._around.providers.resolve(chat.provider, chat.model)
+        session_id = chat.session_id or new_session_id()
+        if session_id not in self._live and not self._around.slots.free:
+            full = no_room_to_queue(self._around, self)
+            if full is not None:  # its runner would say the same, but only once another session had made room for it
+                raise full
         request = ChatRequest(chat, key)
-        self._submit(chat.session_id or new_session_id(), request)
+        self._submit(session_id, request)
         return await request.reply.wait()
 
     async def stop(self, session_id: SessionId, run_id: RunId | None = None) -> StopReceipt:
@@ -100,27 +137,30 @@ class Agents:
 
         Raises BambooError: `session_not_found`, `run_not_found`, `overloaded`, `store_unavailable`.
         """
+        await self._check_exists(session_id, run_id)
         request = StopRequest(run_id)
         self._submit(session_id, request)
         return await request.reply.wait()
 
     async def update_session(self, session_id: SessionId, changes: Mapping[str, Any]) -> Session:
         """Replace the named settings; None unsets one. Raises BambooError: `session_not_found`, `invalid_request`, …"""
+        await self._check_exists(session_id)
         request = UpdateRequest(changes)
         self._submit(session_id, request)
         return await request.reply.wait()
 
-    async def delete(self, session_id: SessionId) -> None:
+    async def delete(self, session_id: SessionId, *, unused_since_ms: int | None = None) -> None:
         """Stop everything of the session and erase it. Raises BambooError: `session_not_found`, `store_unavailable`,
-        …"""
-        request = DeleteRequest()
+        …; with `unused_since_ms` also `busy`, for a session with a newer commit or an unfinished run."""
+        await self._check_exists(session_id)
+        request = DeleteRequest(unused_since_ms)
         self._submit(session_id, request)
         await request.reply.wait()
 
     async def take_up(self) -> None:
         """Start a runner for every session that an earlier process left with unfinished runs. Raises StoreError."""
         for session_id in await self._around.store.unfinished_sessions():
-            self._inbox(session_id)
+            self._start(session_id, unsettled=True)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new chats, start no queued run, wait for the active ones, and interrupt those that are left after
@@ -146,6 +186,7 @@ class Agents:
         self._interrupt()
         for live in self._live.values():
             live.inbox.close()
+            live.asked.set()
         with trio.move_on_after(CLOSE_S) as patience:
             for live in [*self._live.values(), *self._leaving.values()]:
                 await live.ended.wait()
@@ -160,15 +201,29 @@ class Agents:
             if live.runner is not None:
                 live.runner.interrupt()
 
+    def rest(self, session_id: SessionId) -> None:
+        self._idle.setdefault(session_id)
+
     def forget(self, session_id: SessionId) -> None:
+        self._idle.pop(session_id, None)
         live = self._live.pop(session_id)
         live.inbox.close()
         self._leaving[session_id] = live
 
+    async def _check_exists(self, session_id: SessionId, run_id: RunId | None = None) -> None:
+        """Raises ClientError, `run_not_found` if a run was named, else `session_not_found`: nobody gets a runner, and
+        pushes another session out, by asking for what is not there."""
+        if session_id not in self._live and await self._around.store.session(session_id) is None:
+            raise session_not_found(session_id) if run_id is None else run_not_found(run_id)
+
     def _submit(self, session_id: SessionId, request: Request) -> None:
-        """Put a request into the session's inbox. Raises BambooError `overloaded` if that is full."""
+        """Put a request into the session's inbox. Raises BambooError `overloaded` if that is full, or if there is no
+        room for the session."""
         try:
-            self._inbox(session_id).send_nowait(request)
+            live = self._live.get(session_id) or self._start_within_bound(session_id)
+            self._idle.pop(session_id, None)
+            live.inbox.send_nowait(request)
+            live.asked.set()
         except trio.WouldBlock:
             request.reply.drop()
             message = "too many requests wait for this session (agent.inbox_size)"
@@ -176,59 +231,92 @@ class Agents:
         except trio.ClosedResourceError:
             request.reply.drop()
             raise draining(self._around.config) from None
+        except ClientError:
+            request.reply.drop()
+            raise
 
-    def _inbox(self, session_id: SessionId) -> trio.MemorySendChannel[Request]:
-        """Get or start, in one synchronous step: the inbox is in the map before anything is awaited."""
-        live = self._live.get(session_id)
-        if live is None:
-            send, receive = trio.open_memory_channel[Request](self._around.config.agent.inbox_size)
-            live = self._live[session_id] = _Live(send)
-            self._nursery.start_soon(self._supervise, session_id, live, receive, self._leaving.get(session_id))
-        return live.inbox
+    def _start_within_bound(self, session_id: SessionId) -> _Live:
+        """Start a runner; at the bound, the session that has been idle longest leaves for it. Raises ClientError
+        `overloaded` if none is idle."""
+        bound = self._around.config.agent.max_live_sessions
+        while len(self._live) >= bound:
+            longest = next(iter(self._idle), None)
+            if longest is None:
+                message = f"the server has {len(self._live)} sessions at work (agent.max_live_sessions)"
+                raise ClientError(ErrorCode.OVERLOADED, message, retry_after_s=RETRY_AFTER_S, session_id=session_id)
+            self.forget(longest)
+        return self._start(session_id, unsettled=False)
+
+    def _start(self, session_id: SessionId, *, unsettled: bool) -> _Live:
+        """In one synchronous step: the inbox is in the map before anything is awaited."""
+        send, receive = trio.open_memory_channel[Request](self._around.config.agent.inbox_size)
+        live = self._live[session_id] = _Live(send, unsettled)
+        self._nursery.start_soon(self._supervise, session_id, live, receive, self._leaving.get(session_id))
+        return live
 
     async def _supervise(
         self, session_id: SessionId, live: _Live, inbox: trio.MemoryReceiveChannel[Request], before: _Live | None
     ) -> None:
-        """A runner's whole life: after the one before it, and once more after a bug. One bad session stays one bad
-        session."""
+        """A session's whole time in memory, after the one before it. One bad session stays one bad session."""
         try:
             if before is not None:
                 await before.ended.wait()
-            with inbox:
-                refusal = await self._run(session_id, live, inbox)
-                if refusal is not None and session_id in self._handovers and not isinstance(refusal, StoreError):
-                    refusal = await self._run(session_id, live, inbox)
-                if refusal is not None:
-                    # It cannot be loaded, or it failed twice: whoever waits is told, and the next request tries again.
-                    refuse_all(inbox, refusal)
+            await self._keep(session_id, live, inbox)
         finally:
             live.inbox.close()
+            refuse_all(inbox, draining(self._around.config))
+            inbox.close()
+            left = None if live.runner is None else live.runner.handover
+            if left is not None and (left.tail or left.lost):
+                self.settled = False
             live.ended.set()
             for sessions in (self._live, self._leaving):
                 if sessions.get(session_id) is live:
                     del sessions[session_id]
 
-    async def _run(
-        self, session_id: SessionId, live: _Live, inbox: trio.MemoryReceiveChannel[Request]
-    ) -> BambooError | None:
-        """Run one runner to its end. Returns what its callers are told if that was not a proper one.
+    async def _keep(self, session_id: SessionId, live: _Live, inbox: trio.MemoryReceiveChannel[Request]) -> None:
+        """Runner after runner, until one leaves in order, or the session cannot be loaded and nothing is owed to it.
 
-        What it leaves then, the next one is given, however much later that is.
+        After a runner that died the next one comes at once, and whoever waits is answered by that. But one that has
+        got nowhere is not followed by another right away: whoever waits is told, and the next request tries again. A
+        session with runs that nothing drives is tried again also without: they wait for their end, and so may readers.
         """
-        runner = live.runner = AgentRunner(session_id, self._around, self, inbox, self._handovers.get(session_id))
+        handover: Handover | None = None
+        pauses = 0
+        while True:
+            runner = AgentRunner(session_id, self._around, self, inbox, handover, owed=live.unsettled)
+            live.runner = runner
+            refusal = await self._run(runner)
+            if refusal is None:
+                return
+            self._idle.pop(session_id, None)  # there is something to do now
+            lost = isinstance(refusal, WriterLostError)
+            if lost or not runner.progressed:
+                refuse_all(inbox, refusal)  # they have waited long enough, or nobody is there to answer
+            handover = runner.handover
+            live.unsettled = live.unsettled or handover is not None
+            if lost or runner.progressed:
+                pauses = 0
+                continue
+            if not live.unsettled or not inbox.statistics().open_send_channels:
+                return
+            if handover is not None and not isinstance(refusal, StoreError):
+                handover = handover.without_tail  # for all that is known it is the tail that cannot be taken up
+            await live.wait_asked(RECOVER_S[min(pauses, len(RECOVER_S) - 1)])
+            pauses += 1
+
+    async def _run(self, runner: AgentRunner) -> BambooError | None:
+        """Run one runner to its end. Returns what its callers are told if that was not a proper one."""
+        refusal: BambooError | None = None
         try:
             await runner.run()
-        except StoreError as error:
-            log.warning("session_not_loaded", session_id=session_id, error=error.message)
-            refusal: BambooError = error
-        except Exception:
-            log.exception("runner_failed", session_id=session_id)
+        except* StoreError as errors:  # by `*`: what goes wrong while it is cancelled ends no more than this session
+            refusal = _first(errors)
+            event = "session_lost" if isinstance(refusal, WriterLostError) else "session_not_loaded"
+            log.warning(event, session_id=runner.session_id, error=refusal.message)
+        except* Exception:
+            log.exception("runner_failed", session_id=runner.session_id)
             refusal = BambooError(ErrorCode.INTERNAL, "the session failed; the server's log says why")
-        else:
-            self._handovers.pop(session_id, None)
-            return None
-        if runner.handover is not None:
-            self._handovers[session_id] = runner.handover
         return refusal
 
     def _key(self, chat: Chat) -> IdempotencyKey | None:
@@ -240,6 +328,13 @@ class Agents:
         return IdempotencyKey(chat.idempotency_key, hashlib.sha256(dumps(named)).digest(), expires_ms)
 
 
+def _first(errors: ExceptionGroup[StoreError]) -> StoreError:
+    error: StoreError | ExceptionGroup[StoreError] = errors
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 @asynccontextmanager
 async def open_agents(
     config: Config,
@@ -249,8 +344,10 @@ async def open_agents(
     providers: Providers,
     toolbox: Callable[[], Toolbox],
     now_ms: Callable[[], int],
+    draining: bool = False,
 ) -> AsyncIterator[Agents]:
-    """The agents, with the runs that an earlier process left taken up.
+    """The agents, with the runs that an earlier process left taken up; not if the server is `draining` already: then
+    they stay for the next start, and nothing is accepted.
 
     Owns the nursery in which every run lives. Leaving the block interrupts what still runs, makes everything durable
     and waits for it, bounded. Raises StoreError on entering.
@@ -267,6 +364,9 @@ async def open_agents(
     )
     async with trio.open_nursery() as nursery:
         agents = Agents(around, nursery)
-        await agents.take_up()
+        if draining:
+            await agents.drain(0)
+        else:
+            await agents.take_up()
         yield agents
         await agents.close()

@@ -21,6 +21,7 @@ class Reply(Generic[T]):
 
     def __init__(self) -> None:
         self._send, self._receive = trio.open_memory_channel[T | BambooError](1)
+        self._answered = False
 
     def answer(self, value: T) -> None:
         self._put(value)
@@ -29,14 +30,18 @@ class Reply(Generic[T]):
         self._put(error)
 
     def _put(self, item: T | BambooError) -> None:
+        self._answered = True
         with self._send:
             try:
                 self._send.send_nowait(item)
             except trio.BrokenResourceError:
                 return  # the caller has left; what was done for it stays done
 
-    def close(self) -> None:
-        """The runner is done with the request, answered or not. Idempotent."""
+    def close(self, unanswered: BambooError | None = None) -> None:
+        """The runner is done with the request. If it was not answered, the caller is told `unanswered`, else
+        `internal`. Idempotent."""
+        if unanswered is not None and not self._answered:
+            self._put(unanswered)
         self._send.close()
 
     def drop(self) -> None:
@@ -81,10 +86,23 @@ class UpdateRequest:
 
 @dataclass(frozen=True, slots=True)
 class DeleteRequest:
+    """With `unused_since_ms` only if nothing was committed to the session from then on, and no run is unfinished."""
+
+    unused_since_ms: int | None = None
     reply: Reply[None] = field(default_factory=Reply)
 
 
 Request = ChatRequest | StopRequest | UpdateRequest | DeleteRequest
+
+
+def refuse_all(inbox: trio.MemoryReceiveChannel[Request], error: BambooError) -> None:
+    """Answer every request that waits in a closed inbox: who closes an inbox leaves nobody hanging."""
+    while True:
+        try:
+            request = inbox.receive_nowait()
+        except (trio.WouldBlock, trio.EndOfChannel):
+            return
+        request.reply.fail(error)
 
 
 def duplicate_of(holder: KeyHolder, key: IdempotencyKey) -> Accepted:

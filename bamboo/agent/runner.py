@@ -6,21 +6,29 @@ run's end. Runs are tasks in the runner's nursery, one at a time; they belong to
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import replace
+from typing import Any
 
 import structlog
 import trio
 
-from bamboo.agent.execution import RunMaterials, new_message_id
-from bamboo.agent.recovery import closing_of
-from bamboo.agent.requests import ChatRequest, DeleteRequest, Request, StopRequest, UpdateRequest, duplicate_of
+from bamboo.agent.acceptance import RETRY_AFTER_S, acceptance, draining, no_room_to_queue, not_writable, record_of
+from bamboo.agent.execution import RunMaterials
+from bamboo.agent.loading import Handover, Loaded, open_session
+from bamboo.agent.requests import (
+    ChatRequest,
+    DeleteRequest,
+    Request,
+    StopRequest,
+    UpdateRequest,
+    duplicate_of,
+    refuse_all,
+)
 from bamboo.agent.runs import LiveRun, SessionRuns
 from bamboo.agent.surroundings import Home, Surroundings
 from bamboo.agent.writer import Entry, LogWriter, WriterLostError
 from bamboo.bus.topic import Window
-from bamboo.config import Config
-from bamboo.core.events import Event, EventBody, RunQueued, SessionClosed, SessionCreated, UserMessage
+from bamboo.core.events import SessionClosed
 from bamboo.core.types import (
     Accepted,
     AcceptedAs,
@@ -30,31 +38,12 @@ from bamboo.core.types import (
     RunStatus,
     SessionId,
     StopReceipt,
-    content_text,
 )
 from bamboo.errors import BambooError, ClientError, ErrorCode, StoreError, run_not_found, session_not_found
 from bamboo.llm.base import Provider
-from bamboo.store.base import Commit, DuplicateKey, IdempotencyKey, Run, Session, SessionLog
+from bamboo.store.base import DuplicateKey, IdempotencyKey, Run, Session
 
 log = structlog.get_logger("bamboo.agent")
-
-TITLE_CHARACTERS: Final = 80
-"""A session's first title is the beginning of its first message."""
-
-RETRY_AFTER_S: Final = 2.0
-"""When a chat that was refused for a full queue may be tried again: about a short run's length."""
-
-
-@dataclass(frozen=True, slots=True)
-class Handover:
-    """What a runner that died leaves to the next one.
-
-    `tail` was published but is not known to be durable. `lost`: the store gave no answer, so readers may have seen
-    events that are nowhere: the log goes on in a new epoch.
-    """
-
-    tail: Sequence[Event]
-    lost: bool
 
 
 class AgentRunner:
@@ -67,7 +56,10 @@ class AgentRunner:
         home: Home,
         inbox: trio.MemoryReceiveChannel[Request],
         handover: Handover | None,
+        *,
+        owed: bool,
     ) -> None:
+        """`owed`: the session has, or may have, runs that nothing drives. It is not given up."""
         self.session_id = session_id
         self._around = around
         self._home = home
@@ -77,6 +69,9 @@ class AgentRunner:
         self._log = log.bind(session_id=session_id)
         self.handover = handover
         """What the runner before left; once this one has raised, what the next one needs."""
+        self._owed = owed
+        self.progressed = False
+        """It has taken a request or settled a run: whatever it dies of now, the next one does not meet all of that."""
         self._owning = False
         # Set while it is True:
         self._nursery: trio.Nursery
@@ -90,47 +85,34 @@ class AgentRunner:
         """Own the session until it was idle for `agent.idle_evict_s`, is deleted, or the inbox is closed and the run
         over.
 
-        Raises StoreError if the session cannot be loaded. If cancelled, what was handed to the store is waited for and
-        the rest is left to the next start.
+        Raises StoreError if the session cannot be loaded, WriterLostError, in a group, if the store goes without an
+        answer. If cancelled, what was handed to the store is waited for and the rest is left to the next start.
         """
-        around, handover = self._around, self.handover
-        async with around.store.own(self.session_id, new_epoch=handover is not None and handover.lost) as session_log:
-            self._session = session_log.session
-            head = await self._commit_tail(session_log)
-            window = around.bus.open_window(self.session_id, session_log.epoch, head, first_seq=session_log.first_seq)
+        around = self._around
+        async with open_session(
+            self.session_id, around, self._home, self._inbox, self.handover, owed=self._owed
+        ) as loaded:
+            stored = loaded.log
+            self._session = stored.session
+            window = around.bus.open_window(self.session_id, stored.epoch, stored.head, first_seq=stored.first_seq)
             self._writer = LogWriter(
-                session_log,
+                stored,
                 window,
                 now_ms=around.now_ms,
                 commit_timeout_s=around.config.storage.commit_timeout_s,
                 max_uncommitted_bytes=around.config.stream.max_uncommitted_bytes,
             )
             try:
-                await self._live(window, session_log.unfinished)
+                await self._live(window, loaded)
             finally:
-                self._owning = False
-                self._runs.close()
-                self.handover = Handover(self._writer.tail, self._writer.lost)
-                if self._deleted:
-                    window.close_deleted()
-                else:
-                    window.close()
+                self._leave(window)
 
     def interrupt(self) -> None:
         """The server leaves: end the running run as interrupted. Queued ones stay for the next start."""
         if self._owning:
             self._runs.interrupt()
 
-    async def _commit_tail(self, session_log: SessionLog) -> int:
-        """Make durable what the runner before had published. Returns the head."""
-        tail = [] if self.handover is None else self.handover.tail
-        events = [event for event in tail if event.epoch == session_log.epoch and event.seq > session_log.head]
-        if not events:
-            return session_log.head
-        await session_log.commit(Commit(events))
-        return events[-1].seq
-
-    async def _live(self, window: Window, unfinished: Sequence[Run]) -> None:
+    async def _live(self, window: Window, loaded: Loaded) -> None:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._runs = SessionRuns(
@@ -141,31 +123,43 @@ class AgentRunner:
                 window=window,
                 nursery=nursery,
                 materials=self._materials,
+                on_end=self._run_ended,
             )
             self._owning = True
             nursery.start_soon(self._writer.run)
-            await self._take_up(unfinished)
+            self._take_up(loaded)
             await self._serve()
             await self._runs.leave()
             self._writer.finish()
 
-    async def _take_up(self, unfinished: Sequence[Run]) -> None:
-        """What an earlier process, or an earlier runner, left: settle what was running, queue the rest again."""
-        code = ErrorCode.INTERRUPTED if self.handover is None else ErrorCode.INTERNAL
-        for record in unfinished:
-            if record.status is RunStatus.QUEUED:
+    def _take_up(self, loaded: Loaded) -> None:
+        """What an earlier process, or an earlier runner, left: settle what nothing drives, queue the rest again."""
+        for record in loaded.log.unfinished:
+            if record.run_id in loaded.closings:
+                self._runs.settle(record, loaded.closings[record.run_id])
+            else:
                 self._runs.enqueue(record)
-                continue
-            closing = await closing_of(record, self._around.store, code)
-            await self._runs.end_with(record.run_id, closing)
-            self._log.warning("run_settled", run_id=record.run_id, code=code)
         self._runs.request_slot()
+
+    def _leave(self, window: Window) -> None:
+        """The session is nobody's now; `handover` is for whoever has to go on with it."""
+        died_of = ErrorCode.STORE_UNAVAILABLE if self._writer.lost else ErrorCode.INTERNAL
+        decided = self._runs.decided(died_of=died_of)
+        self.handover = Handover(self._writer.tail, self._writer.lost, died_of, decided)
+        self._owning = False
+        self._runs.close()
+        if self._deleted:
+            window.close_deleted()
+        else:
+            window.close()
 
     # The inbox.
 
     async def _serve(self) -> None:
         """Answer requests until the session is deleted, has been idle for long, or the inbox is closed."""
         while not self._deleted:
+            if self._has_nothing_to_do:
+                self._home.rest(self.session_id)
             request = None
             with trio.move_on_after(self._around.config.agent.idle_evict_s):
                 try:
@@ -173,6 +167,7 @@ class AgentRunner:
                 except trio.EndOfChannel:
                     return
             if request is not None:
+                self.progressed = True
                 await self._answer(request)
             if (request is None or self._session is None) and self._has_nothing_to_do:
                 # One synchronous step from the look at the inbox to its end: no request can fall between.
@@ -181,8 +176,16 @@ class AgentRunner:
 
     @property
     def _has_nothing_to_do(self) -> bool:
-        waiting = self._inbox.statistics().current_buffer_used
-        return not waiting and not self._runs.busy and self._writer.idle and not self._deleted
+        """And is still in the map: it has not been told to leave."""
+        inbox = self._inbox.statistics()
+        asked = inbox.current_buffer_used or not inbox.open_send_channels
+        return not asked and not self._runs.busy and self._writer.idle and not self._deleted
+
+    def _run_ended(self) -> None:
+        """Called from the run's task. While the inbox is waited for, nothing else is going on."""
+        self.progressed = True
+        if self._inbox.statistics().tasks_waiting_receive and self._has_nothing_to_do:
+            self._home.rest(self.session_id)
 
     async def _answer(self, request: Request) -> None:
         answered_later = False
@@ -192,18 +195,24 @@ class AgentRunner:
             elif isinstance(request, UpdateRequest):
                 request.reply.answer(await self._update(request.changes))
             elif isinstance(request, DeleteRequest):
-                await self._delete()
+                await self._delete(request.unused_since_ms)
                 request.reply.answer(None)
             else:
                 await self._stop(request)
                 answered_later = True
         except WriterLostError as error:
-            request.reply.fail(StoreError(str(error)))
+            if self._writer.lost:
+                request.reply.fail(error)  # else a bug took the writer along
         except BambooError as error:
             request.reply.fail(error)
         finally:
             if not answered_later:
-                request.reply.close()
+                request.reply.close(self._lost)
+
+    @property
+    def _lost(self) -> StoreError | None:
+        """What is told to a request that this runner leaves unanswered, if that is because of the store."""
+        return StoreError("the store did not answer in time") if self._writer.lost else None
 
     async def _accept(self, chat: Chat, key: IdempotencyKey | None) -> Accepted:
         """Commit the chat, and start its run or queue it. Raises BambooError: then nothing of it is kept."""
@@ -214,11 +223,17 @@ class AgentRunner:
             if key is not None and holder is not None:
                 return duplicate_of(holder, key)
             raise refusal
-        record = self._record(chat)
+        record = record_of(chat, self.session_id, around)
         accepted = False
         try:
             materials = self._materials(record)
-            entry = self._acceptance(record, key, materials if starts else None)
+            entry = acceptance(
+                record,
+                key,
+                new_session=self._session is None,
+                starting=materials if starts else None,
+                position=self._runs.queued + 1,
+            )
             first = await self._writer.submit(entry).wait()
             accepted = True
         except DuplicateKey as duplicate:
@@ -249,7 +264,7 @@ class AgentRunner:
         if self._home.draining:
             return False, draining(around.config)
         if self._writer.failing:
-            return False, StoreError("the store does not take writes just now")
+            return False, not_writable()
         if self._runs.busy and chat.on_busy == "reject":
             return False, ClientError(ErrorCode.BUSY, "the session has a run already", session_id=self.session_id)
         if not self._runs.busy and around.slots.try_take():
@@ -257,43 +272,7 @@ class AgentRunner:
         if self._runs.queued >= agent.max_queued_runs_per_session and chat.on_busy != "interrupt":
             message = f"the session has {self._runs.queued} queued runs (agent.max_queued_runs_per_session)"
             return False, ClientError(ErrorCode.OVERLOADED, message, retry_after_s=RETRY_AFTER_S)
-        if self._home.queued_runs >= agent.max_queued_runs:
-            message = f"the server has {self._home.queued_runs} queued runs (agent.max_queued_runs)"
-            return False, ClientError(ErrorCode.OVERLOADED, message, retry_after_s=RETRY_AFTER_S)
-        return False, None
-
-    def _record(self, chat: Chat) -> Run:
-        return Run(
-            run_id=self._around.new_run_id(),
-            session_id=self.session_id,
-            message_id=new_message_id(),
-            content=chat.content,
-            accepted_ms=self._around.now_ms(),
-            provider=chat.provider,
-            model=chat.model,
-            system_prompt=chat.system_prompt,
-            params=chat.params,
-            metadata=chat.metadata,
-            client_message_id=chat.client_message_id,
-            cancel_after_s=chat.cancel_after_s,
-        )
-
-    def _acceptance(self, record: Run, key: IdempotencyKey | None, starting: RunMaterials | None) -> Entry:
-        """The one transaction that accepts a chat: session if it is new, message, run, key, and the start if there is
-        a slot."""
-        run_id = record.run_id
-        bodies: list[tuple[RunId | None, EventBody]] = []
-        session = None
-        if self._session is None:
-            title = " ".join(content_text(record.content)[: 4 * TITLE_CHARACTERS].split())[:TITLE_CHARACTERS] or None
-            session = Session(self.session_id, record.accepted_ms, record.accepted_ms, title=title)
-            bodies.append((None, SessionCreated(title)))
-        bodies.append((run_id, UserMessage(record.message_id, record.content, record.client_message_id)))
-        if starting is None:
-            bodies.append((run_id, RunQueued(self._runs.queued + 1)))
-        else:
-            bodies.append((run_id, starting.started))
-        return Entry(bodies, session=session, accept=record, key=key, retried=False)
+        return False, no_room_to_queue(around, self._home)
 
     async def _update(self, changes: Mapping[str, Any]) -> Session:
         if self._session is None:
@@ -322,23 +301,39 @@ class AgentRunner:
         self, request: StopRequest, runs: Sequence[LiveRun], stopped: Sequence[RunId], since: float
     ) -> None:
         try:
-            for run in runs:
-                await run.ended.wait()
+            await self._wait_ended(runs)
             tools = sum(run.active.tools_stopped for run in runs if run.active is not None)
             elapsed_ms = round((trio.current_time() - since) * 1000)
             request.reply.answer(StopReceipt(tuple(stopped), tools, elapsed_ms, self._writer.cursor))
+        except StoreError as error:
+            request.reply.fail(error)
         finally:
-            request.reply.close()
+            request.reply.close(self._lost)
 
-    async def _delete(self) -> None:
+    async def _wait_ended(self, runs: Sequence[LiveRun]) -> None:
+        """Return when the runs are over and their end is committed. Raises StoreError if the store fails and that
+        takes longer than `storage.commit_timeout_s`: what was decided about them stays, and is committed later."""
+        for run in runs:
+            while not run.ended.is_set():
+                with trio.move_on_after(self._around.config.storage.commit_timeout_s):
+                    await run.ended.wait()
+                if self._writer.failing and not run.ended.is_set():
+                    raise StoreError("the runs are stopped, but the store does not take their end yet")
+
+    async def _delete(self, unused_since_ms: int | None) -> None:
         """Stop everything, erase the session, refuse what waits in the inbox. Raises StoreError: then the session
-        stays."""
+        stays, and its runs too if the store failed already."""
         if self._session is None:
             raise session_not_found(self.session_id)
+        if self._writer.failing:
+            raise not_writable()
+        if unused_since_ms is not None:
+            stored = await self._around.store.session(self.session_id)
+            if self._runs.all or stored is None or stored.updated_ms >= unused_since_ms:
+                raise ClientError(ErrorCode.BUSY, "the session is in use", session_id=self.session_id)
         runs = self._runs.all
         self._runs.end(runs, "deleted")
-        for run in runs:
-            await run.ended.wait()
+        await self._wait_ended(runs)
         await self._writer.submit(Entry([(None, SessionClosed())], delete=True, retried=False)).wait()
         self._deleted = True
         self._home.forget(self.session_id)
@@ -347,9 +342,9 @@ class AgentRunner:
 
     # What a run is made of.
 
-    def _resolve(self, record: Run) -> tuple[Provider, str]:
-        """The provider and the model: what the chat named, else the session, else the configuration. Raises
-        ClientError."""
+    def _candidates(self, record: Run) -> Sequence[tuple[Provider, str]]:
+        """Who is asked, and for which model: what the chat named, else the session; only where neither named anything,
+        the configuration's, with its fallbacks. Raises ClientError."""
         session = self._session
         provider, model = record.provider, record.model
         if session is not None:
@@ -357,33 +352,18 @@ class AgentRunner:
                 model = session.model
             if provider is None:
                 provider = session.provider
-        return self._around.providers.resolve(provider, model)
+        providers = self._around.providers
+        return providers.in_turn() if provider is None and model is None else [providers.resolve(provider, model)]
 
     def _materials(self, record: Run) -> RunMaterials:
         config, session = self._around.config, self._session
-        provider, model = self._resolve(record)
         own_prompt = None if session is None else session.system_prompt
         own_params = {} if session is None else session.params or {}
         return RunMaterials(
-            provider=provider,
-            model=model,
+            candidates=self._candidates(record),
             system_prompt=record.system_prompt or own_prompt or config.agent.system_prompt or None,
             params={**own_params, **(record.params or {})} or None,
             toolbox=self._around.toolbox(),
             config=config.agent,
             max_retries=config.llm.max_retries,
         )
-
-
-def draining(config: Config) -> ClientError:
-    return ClientError(ErrorCode.DRAINING, "the server is shutting down", retry_after_s=max(1.0, config.server.drain_s))
-
-
-def refuse_all(inbox: trio.MemoryReceiveChannel[Request], error: BambooError) -> None:
-    """Answer every request that waits in a closed inbox: who closes an inbox leaves nobody hanging."""
-    while True:
-        try:
-            request = inbox.receive_nowait()
-        except (trio.WouldBlock, trio.EndOfChannel):
-            return
-        request.reply.fail(error)

@@ -25,9 +25,14 @@ class Slots:
     def __repr__(self) -> str:
         return f"<Slots {self.taken}/{self.total} taken, {len(self._waiting)} waiting>"
 
+    @property
+    def free(self) -> bool:
+        """One can be taken at once. Nobody is overtaken: while somebody waits, none is free."""
+        return not self._frozen and self.taken < self.total
+
     def try_take(self) -> bool:
-        """Take a slot if one is free. Nobody is overtaken: while somebody waits, none is free."""
-        if self._frozen or self.taken >= self.total:
+        """Take a slot if one is free."""
+        if not self.free:
             return False
         self.taken += 1
         return True
@@ -58,7 +63,7 @@ class Slots:
         self._frozen = True
 
     def _grant(self) -> None:
-        while self._waiting and self.taken < self.total and not self._frozen:
+        while self._waiting and self.free:
             holder = next(iter(self._waiting))
             del self._waiting[holder]
             self.taken += 1

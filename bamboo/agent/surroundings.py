@@ -35,5 +35,8 @@ class Home(Protocol):
     queued_runs: int
     """Of all sessions."""
 
+    def rest(self, session_id: SessionId) -> None:
+        """The session has nothing to do: from now on, until its next request, it may be told to leave."""
+
     def forget(self, session_id: SessionId) -> None:
         """Close the session's inbox. Its next request starts a new runner, as soon as this one has ended."""

@@ -33,7 +33,7 @@ RETRY_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0)
 log = structlog.get_logger("bamboo.agent")
 
 
-class WriterLostError(Exception):
+class WriterLostError(StoreError):
     """The store did not say in time whether a commit was done: the session has to be loaded again."""
 
 
@@ -65,13 +65,13 @@ class Entry:
         self.time_ms = 0
         self.first: Cursor | None = None
         self._done = trio.Event()
-        self._refusal: DuplicateKey | StoreError | WriterLostError | None = None
+        self._refusal: DuplicateKey | StoreError | None = None
 
     async def wait(self) -> Cursor:
         """Return when the entry is durable and published: the place just before its first event.
 
-        Raises DuplicateKey or StoreError if it was refused, WriterLostError if the writer went without an answer. If
-        cancelled, the entry goes its way all the same.
+        Raises DuplicateKey or StoreError if it was refused; a WriterLostError among them says that it may be durable
+        all the same. If cancelled, the entry goes its way.
         """
         await self._done.wait()
         if self._refusal is not None:
@@ -83,7 +83,7 @@ class Entry:
         self.first = first
         self._done.set()
 
-    def refuse(self, refusal: DuplicateKey | StoreError | WriterLostError) -> None:
+    def refuse(self, refusal: DuplicateKey | StoreError) -> None:
         self._refusal = refusal
         self._done.set()
 
@@ -122,7 +122,8 @@ class LogWriter:
         self.lost = False
         """The store went without an answer: what readers saw may not be what is kept."""
         self.failing = False
-        """The store refuses just now; what is pending is kept and tried again, and nothing new is let in."""
+        """The store refuses just now, and the window's readers are told so: what is pending is kept and tried again,
+        and nothing new is let in."""
 
     @property
     def cursor(self) -> Cursor:
@@ -157,8 +158,9 @@ class LogWriter:
 
     @property
     def has_room(self) -> bool:
-        """Less than `max_uncommitted_bytes` waits for the store: a run may go on reading its provider."""
-        return self._window.pending_bytes + self._held_bytes < self._max_uncommitted_bytes
+        """The store does not fail, and less than `max_uncommitted_bytes` waits for it: a run may go on reading its
+        provider."""
+        return not self.failing and self._window.pending_bytes + self._held_bytes < self._max_uncommitted_bytes
 
     async def wait_room(self) -> None:
         """Return when `has_room`."""
@@ -242,12 +244,21 @@ class LogWriter:
                 return refusal
             return None
         self.lost = True
-        raise WriterLostError(f"the store did not answer a commit within {self._commit_timeout_s:g} s")
+        lost = WriterLostError(f"the store did not answer a commit within {self._commit_timeout_s:g} s")
+        self._fail(lost)
+        raise lost
+
+    def _fail(self, error: StoreError) -> None:
+        if not self.failing:
+            self.failing = True
+            self._window.begin_outage(error)
+            log.error("store_failing", session_id=self._log.session_id, error=error.message)
 
     def _committed(self, deltas: list[Event], events: list[Event], entry: Entry | None, before: Cursor) -> None:
         if self.failing:
             self.failing = False
             self._refusals = 0
+            self._window.end_outage()
             log.info("store_back", session_id=self._log.session_id)
         for event in events:
             self._window.publish(event)
@@ -268,14 +279,12 @@ class LogWriter:
             entry.refuse(refusal)
             self._release()
             return
-        if not self.failing:
-            self.failing = True
-            log.error("store_failing", session_id=self._log.session_id, error=refusal.message)
         self._give_up_entries(refusal)
         if self.idle:
             # Nothing is left to be tried again, so nothing would find out when the store is back: the next chat does.
-            self.failing = False
+            log.warning("store_refused", session_id=self._log.session_id, error=refusal.message)
             return
+        self._fail(refusal)
         pause_s = RETRY_S[min(self._refusals, len(RETRY_S) - 1)]
         self._refusals += 1
         await trio.sleep(pause_s)

@@ -4,6 +4,7 @@ from bamboo.bus.log_reader import LogReader
 from bamboo.bus.subscription import Subscription
 from bamboo.bus.topic import Doorbell, Topic, Window
 from bamboo.core.types import Epoch, RunId, SessionId
+from bamboo.errors import StoreError
 
 
 class EventBus:
@@ -51,6 +52,15 @@ class EventBus:
         subscription = Subscription(topic, run_id, doorbell)
         topic.join(subscription)
         return subscription
+
+    def begin_outage(self, session_id: SessionId, error: StoreError) -> None:
+        """The store fails where a session without a window is to be written: tell whoever reads it, once.
+
+        Opening a window ends it. Does nothing if nobody reads the session.
+        """
+        topic = self._topics.get(session_id)
+        if topic is not None:
+            topic.begin_outage(error)
 
     def _topic(self, session_id: SessionId) -> Topic:
         topic = self._topics.get(session_id)

@@ -5,8 +5,9 @@ from typing import Protocol
 import trio
 
 from bamboo.bus.log_reader import LogReader
-from bamboo.core.events import Event, event_bytes
+from bamboo.core.events import Event, Outage, event_bytes
 from bamboo.core.types import Epoch, SessionId
+from bamboo.errors import StoreError
 
 
 class Doorbell:
@@ -43,13 +44,27 @@ class Subscriber(Protocol):
     doorbell: Doorbell
 
     def rewind(self, epoch: Epoch, head: int) -> None:
-        """The log goes on behind `head`, in `epoch`: whoever has seen more is told so with a gap."""
+        """The store answers, and the log goes on behind `head`, in `epoch`: whoever has seen more is told so with a
+        gap."""
+
+    def outage_turned(self) -> None:
+        """The topic's outage has begun, or is over."""
 
 
 class Topic:
     """One session in the bus: its window, if its runner lives, and its subscriptions."""
 
-    __slots__ = ("_topics", "attendance", "closed_seq", "reader", "session_id", "subscriptions", "version", "window")
+    __slots__ = (
+        "_topics",
+        "attendance",
+        "closed_seq",
+        "outage",
+        "reader",
+        "session_id",
+        "subscriptions",
+        "version",
+        "window",
+    )
 
     def __init__(self, session_id: SessionId, topics: dict[SessionId, "Topic"], reader: LogReader) -> None:
         self.session_id = session_id
@@ -61,15 +76,18 @@ class Topic:
         self.version = 0
         """Counts windows opened and closed: a reader for whom the store had nothing more at this version need not look
         again before the next."""
+        self.outage: Outage | None = None
+        """The session cannot be written just now. It outlives the window of a writer that gave up."""
         self.closed_seq: int | None = None
         """The seq of `session_closed`: the log goes no further, and only what the last window holds is left of it."""
         self.attendance = trio.Event()
         """Set, and replaced, whenever the first subscription comes or the last one goes."""
 
     def window_opened(self, window: "Window") -> None:
-        """The session's writer has come. Nothing is published in the window yet."""
+        """The session's writer has come: the store answers. Nothing is published in the window yet."""
         assert self.window is None, f"session {self.session_id} has a window already"
         self.window = window
+        self.end_outage()
         for subscription in self.subscriptions:
             subscription.rewind(window.epoch, window.head)
         self._turn()
@@ -85,8 +103,26 @@ class Topic:
         self._turn()
         self._tidy()
 
+    def begin_outage(self, error: StoreError) -> None:
+        """The store refuses the session's writer, or does not answer it: each subscription, those that come later too,
+        hands that out once while it lasts. Does nothing while an outage is going on."""
+        if self.outage is None:
+            self.outage = Outage(self.session_id, error.message, error.retry_after_s)
+            for subscription in self.subscriptions:
+                subscription.outage_turned()
+                subscription.doorbell.ring()
+
+    def end_outage(self) -> None:
+        """The store takes the session's writes again. Whoever was not told is not told any more. Idempotent."""
+        if self.outage is not None:
+            self.outage = None
+            for subscription in self.subscriptions:
+                subscription.outage_turned()
+
     def join(self, subscription: Subscriber) -> None:
         self.subscriptions.add(subscription)
+        if self.outage is not None:
+            subscription.outage_turned()
         if len(self.subscriptions) == 1:
             self._attendance_turned()
 
@@ -158,6 +194,14 @@ class Window:
     def attended(self) -> bool:
         """Somebody is subscribed to the session."""
         return bool(self._topic.subscriptions)
+
+    def begin_outage(self, error: StoreError) -> None:
+        """What is pending cannot be made durable now: tell the readers, once. Idempotent while it lasts."""
+        self._topic.begin_outage(error)
+
+    def end_outage(self) -> None:
+        """The store works again. Idempotent."""
+        self._topic.end_outage()
 
     async def wait_attendance(self, *, attended: bool) -> None:
         """Return when `attended` is as asked for."""

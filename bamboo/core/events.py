@@ -240,6 +240,22 @@ class Gap:
     cursor: Cursor
 
 
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """The store does not work just now, and what comes next in this session waits for it. It has no place in a log.
+
+    The stream goes on by itself; `retry_after_s` is for requests.
+    """
+
+    session_id: SessionId
+    message: str
+    retry_after_s: float | None
+
+
+Item = Event | Gap | Outage
+"""What a subscription hands out."""
+
+
 _EVENT_BYTES: Final = 300
 """What an event costs in memory besides its text."""
 

@@ -10,6 +10,8 @@
          BACKOFF                  └──────────────→ SEALED ←───┴── stop, fail (from any state)
 ```
 
+A call that failed in CALLING is made again, of the same provider or of the next one: `bamboo.core.attempts` decides.
+
 SEALED is entered exactly once, synchronously, by whoever comes first; what has to be committed then is `closing`, and
 its last body is the run's one terminal event. After that every input is ignored, or refused with False or None, as its
 docstring says; only `next_call` may not come any more.
@@ -20,14 +22,13 @@ Deadlines are named here and kept by the runner, which owns the cancel scopes.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
 
+from bamboo.core.attempts import Attempts, Candidate, Failure, Retry
 from bamboo.core.events import (
     AgentComplete,
     AgentError,
     AgentMessage,
     AgentReasoning,
-    AgentRetry,
     AgentStopped,
     AgentToken,
     AgentToolComplete,
@@ -58,22 +59,13 @@ from bamboo.core.types import (
     text_content,
 )
 
-RETRIED_CODES: Final = frozenset(
-    {"provider_rate_limited", "provider_error", "provider_unreachable", "provider_connect_timeout"}
-)
-"""Failures that another attempt may not meet, as long as nothing of the step has been seen."""
-
-BACKOFF_BASE_S: Final = 0.5
-BACKOFF_CAP_S: Final = 30.0
-"""Also the longest `Retry-After` that is waited for: a provider that asks for more has failed."""
-
 
 @dataclass(frozen=True, slots=True)
 class RunLimits:
     max_steps: int
     """Model calls."""
     max_retries: int
-    """Of one model call."""
+    """Of one model call, at each provider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,30 +73,12 @@ class RunSettings:
     """What a run is made with; fixed from its start to its end."""
 
     run_id: RunId
-    provider: str
-    model: str
+    candidates: Sequence[Candidate]
+    """The first one is asked, each further one when the one before it has failed for good."""
     system_prompt: str | None
     params: JsonObject | None
     tools: Sequence[ToolSpec]
     limits: RunLimits
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A model call that did not end well. `retry_after_s` is the provider's own wish."""
-
-    code: str
-    message: str
-    retryable: bool
-    retry_after_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """Commit and publish `body`, wait `delay_s`, then make `next_call` again."""
-
-    body: AgentRetry
-    delay_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +111,11 @@ class RunMachine:
         self.closing: tuple[EventBody, ...] = ()
         """Once sealed: what ends the run, to be committed as one; the last is the terminal event."""
         self._new_message_id = new_message_id
-        self._random = random
+        self._attempts = Attempts(settings.candidates, settings.limits.max_retries, random)
         self._messages: list[Message] = []
         self._step = OpenStep()
         self._calls = ToolCallAssembler(new_message_id)
         self._steps = 0
-        self._attempt = 0
         self._finish_reason: str | None = None
         self._usage: Usage | None = None
         self._started_ms = 0
@@ -155,6 +128,11 @@ class RunMachine:
     @property
     def sealed(self) -> bool:
         return self.state is RunState.SEALED
+
+    @property
+    def candidate(self) -> Candidate:
+        """Who the model call is made of, or, between two, who has answered."""
+        return self._attempts.candidate
 
     @property
     def terminal(self) -> Terminal:
@@ -175,18 +153,18 @@ class RunMachine:
         self.state = RunState.CALLING
 
     def next_call(self) -> ModelCall:
-        """The model call to make now; counts as one of the run's steps unless it repeats a failed one. Not once
-        sealed."""
+        """The model call to make now, of `candidate`; counts as one of the run's steps unless it repeats a failed one.
+        Not once sealed."""
         if self.state is RunState.BACKOFF:
             self.state = RunState.CALLING
         assert self.state is RunState.CALLING, f"a model call in state {self.state.value}"
-        if self._attempt == 0:
+        if not self._attempts.made:
             self._steps += 1
         self._calls.clear()
         self._finish_reason = None
         settings = self.settings
         return ModelCall(
-            model=settings.model,
+            model=self.candidate.model,
             messages=tuple(self._messages),
             system_prompt=settings.system_prompt,
             tools=tuple(settings.tools),
@@ -233,13 +211,12 @@ class RunMachine:
         if self.sealed:
             return None
         assert self.state in (RunState.CALLING, RunState.STREAMING)
-        self._attempt = 0
+        self._attempts.succeeded()
         text = "".join(self._step.text)
         calls = self._calls.assembled()
         if calls or text:
-            message = AgentMessage(
-                self._new_message_id(), text_content(text), self.settings.provider, self.settings.model, calls
-            )
+            said_by = self.candidate
+            message = AgentMessage(self._new_message_id(), text_content(text), said_by.provider, said_by.model, calls)
         else:
             message = None  # an empty answer makes no entry: providers refuse empty assistant messages
         if message is None or not calls:
@@ -301,19 +278,12 @@ class RunMachine:
         """
         if self.sealed:
             return None
-        delay_s = self._backoff_s(failure)
-        if (
-            self.state is not RunState.CALLING
-            or failure.code not in RETRIED_CODES
-            or self._attempt >= self.settings.limits.max_retries
-            or delay_s > BACKOFF_CAP_S
-        ):
-            self.fail(failure)
+        after = self._attempts.failed(failure) if self.state is RunState.CALLING else failure
+        if isinstance(after, Failure):
+            self.fail(after)
             return None
-        self._attempt += 1
         self.state = RunState.BACKOFF
-        body = AgentRetry(self._attempt, self.settings.provider, failure.code, round(delay_s * 1000))
-        return Retry(body, delay_s)
+        return after
 
     def fail(self, failure: Failure) -> bool:
         """End the run with an `agent_error`, from any state. False: it was sealed already, and stays as it is."""
@@ -335,18 +305,11 @@ class RunMachine:
         self.closing = (*before, terminal)
 
     def _cut(self) -> list[EventBody]:
-        return self._step.close(self.settings.provider, self.settings.model, "stopped", self._new_message_id)
+        said_by = self.candidate
+        return self._step.close(said_by.provider, said_by.model, "stopped", self._new_message_id)
 
     def _record(self, body: AgentMessage | AgentToolComplete, now_ms: int) -> None:
         self._step.apply(body)
         message = message_of_body(body, self.settings.run_id, now_ms)
         assert message is not None
         self._messages.append(message)
-
-    def _backoff_s(self, failure: Failure) -> float:
-        if failure.retry_after_s is not None:
-            return failure.retry_after_s
-        # Full jitter would allow no wait at all; half keeps a floor (Exponential Backoff And Jitter, AWS, 2015: "equal
-        # jitter").
-        ceiling: float = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2.0**self._attempt)
-        return ceiling * (0.5 + self._random() / 2)

@@ -14,6 +14,7 @@ import httpx
 import orjson
 
 from bamboo.errors import ErrorCode, UpstreamError
+from bamboo.llm.base import RequestRejectedError
 
 _MAX_QUOTE_CHARS: Final = 300
 """Of a provider's own words: enough to say what is wrong, too little to flood a log or a page."""
@@ -23,16 +24,24 @@ _SECRET: Final = re.compile(r"\bsk-[\w*.\-]+|\b(?<=[Bb]earer )\S+")
 
 _AUTH_WORDS: Final = ("authentication", "invalid_api_key", "permission", "unauthorized", "forbidden")
 _LIMIT_WORDS: Final = ("rate_limit", "rate limit", "ratelimit", "too_many_requests", "insufficient_quota")
-_REJECTED_WORDS: Final = (
+_REQUEST_WORDS: Final = (
     "invalid_request",
     "badrequest",
     "bad_request",
     "context_length",
     "content_filter",
     "content_policy",
-    "not_found",
-    "notfound",
 )
+_NOT_FOUND_WORDS: Final = ("not_found", "notfound")
+
+_OF_REQUEST: Final = frozenset({400, 413, 422})
+"""Statuses that are about what the request holds; the other 4xx are about the provider's address, model or account."""
+
+_OF_SETUP: Final = re.compile(
+    r"\bapi[ _-]?key\b|\bmodel[ _](not|does not|doesn't)[ _](found|exist)|\b(invalid|unknown|not a valid)[ _]model",
+    re.IGNORECASE,
+)
+"""But some providers answer 400 for a key or a model that they do not know too, and only their words tell."""
 
 
 class Redactor:
@@ -73,7 +82,7 @@ def status_error(
             f"provider {name} has no model {model!r}, or nothing at {where} (HTTP 404){tail}",
         )
     if 400 <= status < 500:
-        return UpstreamError(ErrorCode.PROVIDER_REJECTED, f"provider {name} rejected the request (HTTP {status}){tail}")
+        return _rejection(f"provider {name} rejected the request (HTTP {status}){tail}", status, said)
     if 500 <= status < 600:
         return UpstreamError(
             ErrorCode.PROVIDER_ERROR, f"provider {name} failed (HTTP {status}){tail}", retry_after_s=retry_after_s
@@ -94,16 +103,27 @@ def told_error(name: str, error: object, redactor: Redactor) -> UpstreamError:
     status = _status_in(fields)
     if status is not None:
         code = status_error(name, status, "", where="", model="").code
+        if code is ErrorCode.PROVIDER_REJECTED:
+            return _rejection(message, status, said)
         return UpstreamError(ErrorCode.PROVIDER_ERROR if code is ErrorCode.PROVIDER_PROTOCOL else code, message)
     words = f"{fields.get('code')} {fields.get('type')}".lower()
-    for code, signs in (
-        (ErrorCode.PROVIDER_RATE_LIMITED, _LIMIT_WORDS),
-        (ErrorCode.PROVIDER_AUTH, _AUTH_WORDS),
-        (ErrorCode.PROVIDER_REJECTED, _REJECTED_WORDS),
+    for signs, code in (
+        (_LIMIT_WORDS, ErrorCode.PROVIDER_RATE_LIMITED),
+        (_AUTH_WORDS, ErrorCode.PROVIDER_AUTH),
+        (_NOT_FOUND_WORDS, ErrorCode.PROVIDER_REJECTED),
     ):
         if any(sign in words for sign in signs):
             return UpstreamError(code, message)
+    if any(sign in words for sign in _REQUEST_WORDS):
+        return _rejection(message, 400, said)
     return UpstreamError(ErrorCode.PROVIDER_ERROR, message)
+
+
+def _rejection(message: str, status: int, said: str) -> UpstreamError:
+    """A 4xx, by whose fault it is: what was asked, or how the provider is set up here."""
+    if status in _OF_REQUEST and not _OF_SETUP.search(said):
+        return RequestRejectedError(message)
+    return UpstreamError(ErrorCode.PROVIDER_REJECTED, message)
 
 
 def _status_in(fields: Mapping[str, Any]) -> int | None:

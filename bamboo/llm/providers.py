@@ -26,7 +26,7 @@ async def open_providers(config: LlmConfig, environ: Mapping[str, str]) -> Async
         by_name: dict[str, Provider] = {}
         for name, provider in config.providers.items():
             by_name[name] = await _open(stack, name, provider, environ)
-        yield Providers(by_name, config.default_provider)
+        yield Providers(by_name, config.default_provider, config.fallback)
 
 
 async def _open(stack: AsyncExitStack, name: str, config: ProviderConfig, environ: Mapping[str, str]) -> Provider:
@@ -48,9 +48,11 @@ async def _open(stack: AsyncExitStack, name: str, config: ProviderConfig, enviro
 
 def check_providers(config: LlmConfig, environ: Mapping[str, str]) -> None:
     """Raises ConfigError for what could not answer: its message names the key of the configuration, never a secret."""
-    if config.default_provider not in config.providers:
-        names = ", ".join(config.providers) or "none"
-        raise ConfigError(f"llm.default_provider: there is no provider {config.default_provider!r} (there is: {names})")
+    chosen = [("default_provider", config.default_provider), *(("fallback", name) for name in config.fallback)]
+    for where, name in chosen:
+        if name not in config.providers:
+            names = ", ".join(config.providers) or "none"
+            raise ConfigError(f"llm.{where}: there is no provider {name!r} (there is: {names})")
     for name, provider in config.providers.items():
         where = f"llm.providers.{name}"
         if provider.kind == "scripted":

@@ -37,6 +37,7 @@ from bamboo.core.types import (
     content_text,
 )
 from bamboo.errors import ErrorCode, UpstreamError
+from bamboo.llm.base import RequestRejectedError
 
 _DEMO_DELAY_S: Final = 0.015
 """Between two words: fast for a reader, slow enough to be seen streaming."""
@@ -164,9 +165,12 @@ def _scripts(key_env: str) -> Mapping[str, Script]:
 
 
 def _failure(code: ErrorCode) -> UpstreamError:
+    message = f"the scripted provider fails with {code}, as it was told to"
+    if code is ErrorCode.PROVIDER_REJECTED:
+        return RequestRejectedError(message)
     return UpstreamError(
         code,
-        f"the scripted provider fails with {code}, as it was told to",
+        message,
         retry_after_s=_RETRY_AFTER_S if code is ErrorCode.PROVIDER_RATE_LIMITED else None,
     )
 
@@ -246,7 +250,7 @@ def _long(call: ModelCall) -> Iterator[Step]:
 def _bounded(call: ModelCall, key: str, default: int, most: int) -> int:
     value = (call.params or {}).get(key, default)
     if type(value) is not int or not 0 <= value <= most:
-        raise UpstreamError(ErrorCode.PROVIDER_REJECTED, f"params.{key} must be an integer from 0 to {most}")
+        raise RequestRejectedError(f"params.{key} must be an integer from 0 to {most}")
     return value
 
 

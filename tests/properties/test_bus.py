@@ -1,6 +1,7 @@
 """Whatever a writer and its readers do, and in whatever order: every reader has a log without a hole, in order."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from bamboo.core.events import AgentComplete, Event, SessionClosed
 from bamboo.core.types import Cursor, Epoch, RunId
+from bamboo.errors import StoreError
 from tests.support.bus_world import RUN, Reader, World, complete, started, token
 from tests.support.hypothesis import examples
 from tests.support.sweep import scheduled_by
@@ -53,6 +55,14 @@ class GiveUp:
 
 
 @dataclass(frozen=True, slots=True)
+class Outage:
+    """The store fails for so many steps; reading it too, if `unreadable`."""
+
+    steps: int
+    unreadable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Trim:
     spared: int
     """So many durable events stay."""
@@ -77,7 +87,7 @@ class Pass:
     steps: int
 
 
-Action = Publish | Commit | MarkDurable | EvictAndReopen | GiveUp | Trim | Subscribe | Close | Pass
+Action = Publish | Commit | MarkDurable | EvictAndReopen | GiveUp | Outage | Trim | Subscribe | Close | Pass
 
 some_reader = st.integers(0, READERS - 1)
 some_steps = st.integers(0, 4)
@@ -89,6 +99,7 @@ actions = st.lists(
         st.just(MarkDurable()),
         st.builds(EvictAndReopen, some_steps),
         st.builds(GiveUp, st.integers(0, 3), some_steps, some_steps),
+        st.builds(Outage, some_steps, st.booleans()),
         st.builds(Trim, st.integers(0, 3)),
         st.builds(Subscribe, some_reader),
         st.builds(Close, some_reader),
@@ -109,6 +120,9 @@ class Play:
         self._nursery = nursery
         self._world = world
         self._reading: dict[int, trio.CancelScope] = {}
+        self.outages = 0
+        self.subscribed = [0] * READERS
+        """How often."""
         # One from the start, one from wherever it comes in, one for a run.
         self.readers = [
             Reader(world.bus, until=the_end),
@@ -137,6 +151,13 @@ class Play:
                 writer.give_up()
                 await self._world.logs.pause(action.away)
                 await writer.open(new_epoch=True)
+            case Outage():
+                self.outages += 1
+                writer.begin_outage()
+                self._world.logs.failing = action.unreadable
+                await self._world.logs.pause(action.steps)
+                self._world.logs.failing = False
+                writer.end_outage()
             case Trim():
                 writer.trim(max(0, writer.log.head - action.spared))
             case Subscribe():
@@ -154,11 +175,16 @@ class Play:
 
     async def _read(self, number: int) -> None:
         with self._reading[number]:
-            await self.readers[number].resume()
+            while True:
+                self.subscribed[number] += 1
+                with suppress(StoreError):
+                    await self.readers[number].resume()
+                    break
+                await trio.lowlevel.checkpoint()  # a client is refused, and asks again
         del self._reading[number]
 
 
-async def play(world: World, done: Sequence[Action], *, deleted: bool) -> list[Reader]:
+async def play(world: World, done: Sequence[Action], *, deleted: bool) -> Play:
     with trio.fail_after(10):
         await world.writer.open()
         await world.writer.commit(started())
@@ -177,7 +203,7 @@ async def play(world: World, done: Sequence[Action], *, deleted: bool) -> list[R
                 await world.writer.commit(complete())
         if not deleted:
             await world.writer.evict()
-    return acts.readers
+    return acts
 
 
 @given(
@@ -193,9 +219,7 @@ def test_every_reader_has_the_log_without_a_hole_and_in_order(
 ) -> None:
     world = World(window_bytes=1 + 310 * window_events, page_events=page_events)
     with scheduled_by(seed):
-        readers = trio.run(
-            lambda: play(world, done, deleted=deleted), clock=trio.testing.MockClock(autojump_threshold=0)
-        )
+        acts = trio.run(lambda: play(world, done, deleted=deleted), clock=trio.testing.MockClock(autojump_threshold=0))
 
     if deleted:
         log = world.writer.erased
@@ -205,7 +229,9 @@ def test_every_reader_has_the_log_without_a_hole_and_in_order(
         log = [*kept.trimmed, *kept.events]
         removed = kept.floor
     assert [event.seq for event in log] == list(range(1, len(log) + 1))
-    for reader in readers:
+    for reader, subscribed in zip(acts.readers, acts.subscribed, strict=True):
         reader.check(log)
+        # Once per outage, and once more for each subscription that came in the middle of one.
+        assert reader.outages <= acts.outages + subscribed
         assert all(seq <= removed for seq in reader.missing), "it misses only what was removed"
     world.check_empty()

@@ -8,6 +8,7 @@ import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bamboo.core.attempts import BACKOFF_CAP_S, RETRIED_CODES, Candidate, Failure
 from bamboo.core.events import (
     AgentComplete,
     AgentError,
@@ -24,7 +25,7 @@ from bamboo.core.events import (
     Terminal,
 )
 from bamboo.core.history import Opening, fold_step, message_of_body
-from bamboo.core.run import BACKOFF_CAP_S, Failure, RunLimits, RunMachine, RunSettings, RunState
+from bamboo.core.run import RunLimits, RunMachine, RunSettings, RunState
 from bamboo.core.tool_calls import PlannedCall
 from bamboo.core.types import (
     Epoch,
@@ -51,6 +52,7 @@ from tests.support.hypothesis import examples
 
 RUN = RunId("run")
 TOOLS = [ToolSpec("look", "", {}), ToolSpec("write", "", {})]
+CANDIDATES = [Candidate("p", "m"), Candidate("p2", "m2"), Candidate("p3", "m")]
 OPENING = Opening(MessageId("asked"), text_content("hello"), 1_000)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
@@ -72,9 +74,10 @@ deltas = st.one_of(
 failures = st.builds(
     Failure,
     code=st.sampled_from(["provider_rate_limited", "provider_error", "provider_protocol", "idle_timeout"]),
-    message=st.just("why"),
+    message=st.sampled_from(["why", "because"]),
     retryable=st.booleans(),
     retry_after_s=st.sampled_from([None, None, 0.0, 7.5, 30.0, 31.0]),
+    of_request=st.sampled_from([False, False, False, True]),
 )
 results = st.builds(
     ToolResult,
@@ -126,11 +129,12 @@ lives = st.integers(0, 40).flatmap(lambda length: st.lists(turns, min_size=lengt
 class RunLife:
     """Drives a machine as its runner does, and keeps what a log would hold."""
 
-    def __init__(self, max_steps: int, max_retries: int) -> None:
+    def __init__(self, max_steps: int, max_retries: int, candidates: int) -> None:
         ids = count(1)
         self.limits = RunLimits(max_steps, max_retries)
+        self.left = CANDIDATES[:candidates]  # the first one is asked
         self.machine = RunMachine(
-            RunSettings(RUN, "p", "m", None, None, TOOLS, self.limits),
+            RunSettings(RUN, self.left[:], None, None, TOOLS, self.limits),
             new_message_id=lambda: MessageId(f"msg{next(ids)}"),
             random=lambda: 0.5,
         )
@@ -139,7 +143,9 @@ class RunLife:
         self.calling = False  # a model call is under way
         self.shown = False  # something of the step was seen
         self.calls = 0
-        self.attempts = 0
+        self.attempts = 0  # at this call
+        self.retries = 0  # of them, at the provider that is asked now
+        self.given_up: list[Failure] = []  # of this call, one for each provider that was left
         self.planned: list[PlannedCall] = []
         self.running: list[PlannedCall] = []
         self.usage = Usage(0, 0, 0)
@@ -197,6 +203,7 @@ class RunLife:
         told = [(entry.message_id, entry.role, entry.content, entry.tool_calls) for entry in self.history()]
         assert sent == told, "the model is sent what the log says"
         assert_valid_for_a_provider(call.messages)
+        assert call.model == self.left[0].model
         self.calling, self.shown = True, False
         if self.attempts == 0:
             self.calls += 1
@@ -218,7 +225,7 @@ class RunLife:
     def answer_ends(self) -> None:
         said = fold_step(self.log).text
         step = self.machine.step_ended(self.tick())
-        self.calling, self.attempts = False, 0
+        self.calling, self.attempts, self.retries, self.given_up = False, 0, 0, []
         if step is None:
             self.sealed_now()
             return
@@ -231,16 +238,39 @@ class RunLife:
     def model_call_fails(self, failure: Failure) -> None:
         retry = self.machine.failed(failure)
         self.calling = False
-        if retry is None:
+        again = failure.code in RETRIED_CODES and self.retries < self.limits.max_retries
+        again = again and (failure.retry_after_s or 0.0) <= BACKOFF_CAP_S
+        if not again:
+            self.given_up.append(failure)
+        if self.shown or not (again or (len(self.left) > 1 and not failure.of_request)):
+            assert retry is None
             self.sealed_now()
+            self.the_error_tells_what_happened(failure)
             return
+        assert retry is not None
         self.attempts += 1
-        assert not self.shown, "tried again although a reader has seen something"
-        assert self.attempts <= self.limits.max_retries
-        assert 0 <= retry.delay_s <= BACKOFF_CAP_S
-        assert failure.retry_after_s is None or retry.delay_s == failure.retry_after_s
-        assert retry.body == AgentRetry(self.attempts, "p", failure.code, round(retry.delay_s * 1000))
+        if again:
+            self.retries += 1
+            assert 0 <= retry.delay_s <= BACKOFF_CAP_S
+            assert failure.retry_after_s is None or retry.delay_s == failure.retry_after_s
+        else:
+            del self.left[0]
+            self.retries = 0
+            assert retry.delay_s == 0
+        assert self.machine.candidate == self.left[0]
+        told = AgentRetry(self.attempts, self.left[0].provider, failure.code, round(retry.delay_s * 1000))
+        assert retry.body == told
         self.log.append(retry.body)
+
+    def the_error_tells_what_happened(self, failure: Failure) -> None:
+        terminal = self.machine.terminal
+        assert isinstance(terminal, AgentError)
+        if self.shown:
+            assert terminal == AgentError(failure.code, failure.message, failure.retryable)
+            return
+        assert terminal.message == "; ".join(one.message for one in self.given_up)
+        assert terminal.retryable is any(one.retryable for one in self.given_up)
+        assert (terminal.code, terminal.retryable) in [(one.code, one.retryable) for one in self.given_up]
 
     def tool_starts(self) -> None:
         planned = self.planned.pop(0)
@@ -288,12 +318,17 @@ class RunLife:
         assert sum(isinstance(body, Terminal) for body in self.log) == (0 if self.closing is None else 1)
 
     def tokens_of_a_step_are_its_message(self) -> None:
-        said = ""
+        said, asked = "", "p"
         for body in self.log:
             if isinstance(body, AgentToken):
                 said += body.token
+            elif isinstance(body, AgentRetry):
+                assert said == "", "tried again although a reader has seen something"
+                asked = body.provider
             elif isinstance(body, AgentMessage):
                 assert content_text(body.content) == said
+                assert Candidate(body.provider, body.model) in CANDIDATES
+                assert body.provider == asked, "said by a provider that was not asked"
                 said = ""
             elif isinstance(body, Terminal):
                 assert said == "", "text was streamed that no message keeps"
@@ -326,13 +361,18 @@ class RunLife:
 @given(
     st.sampled_from([1, 2, 5]),
     st.integers(0, 2),
+    st.integers(1, 3),
     lives,
     st.lists(st.tuples(st.integers(0, 60), reasons | failures), max_size=2),
 )
 def test_log_and_history_of_a_run_hold_what_they_promise_whatever_happens(
-    max_steps: int, max_retries: int, life: Sequence[Turn], endings: Sequence[tuple[int, StopReason | Failure]]
+    max_steps: int,
+    max_retries: int,
+    candidates: int,
+    life: Sequence[Turn],
+    endings: Sequence[tuple[int, StopReason | Failure]],
 ) -> None:
-    run = RunLife(max_steps, max_retries)
+    run = RunLife(max_steps, max_retries, candidates)
     for number, turn in enumerate(life):
         for when, ending in endings:
             if when == number:

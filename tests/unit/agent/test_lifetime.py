@@ -5,9 +5,9 @@ import trio
 import trio.testing
 
 from bamboo.config import AgentConfig
-from bamboo.core.events import Event, Gap
+from bamboo.core.events import Event, Item
 from bamboo.core.types import SessionId
-from bamboo.errors import BambooError, ErrorCode
+from bamboo.errors import BambooError, ErrorCode, StoreError
 from tests.support.agents import World, chat, config, open_world, types
 from tests.support.stores import GatedStore
 
@@ -51,8 +51,9 @@ async def test_a_session_with_a_run_does_not_leave(store: GatedStore, autojump_c
 async def test_a_refused_first_chat_leaves_nothing_behind(store: GatedStore) -> None:
     with trio.fail_after(5):
         async with open_world(store) as world:
+            store.failures.append(StoreError("disk full"))
             with pytest.raises(BambooError):
-                await world.agents.stop(SessionId("unknown"))
+                await world.agents.chat(chat("no", "unknown"))
             while world.agents.sessions:
                 await trio.lowlevel.checkpoint()
             assert world.bus.sessions == 0
@@ -63,9 +64,10 @@ async def test_requests_that_race_with_eviction_are_answered(store: GatedStore) 
     with trio.fail_after(10):
         async with open_world(store) as world:
             for _ in range(200):
+                store.failures.append(StoreError("disk full"))
                 with pytest.raises(BambooError) as refusal:
-                    await world.agents.stop(S)
-                assert refusal.value.code is ErrorCode.SESSION_NOT_FOUND
+                    await world.agents.chat(chat("no", "s"))
+                assert refusal.value.code is ErrorCode.STORE_UNAVAILABLE
 
 
 async def test_delete_ends_everything_and_the_id_begins_a_new_life(store: GatedStore) -> None:
@@ -93,7 +95,7 @@ async def test_delete_ends_everything_and_the_id_begins_a_new_life(store: GatedS
                     await trio.testing.wait_all_tasks_blocked()
                     store.gate.open()
                 assert call.closed.is_set()
-                seen: list[Event | Gap] = []
+                seen: list[Item] = []
                 while batch := await reader.receive():
                     seen += batch
                 while batch := await lagging.receive():

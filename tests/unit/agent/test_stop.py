@@ -105,6 +105,29 @@ async def test_two_stops_at_once_name_the_run_once(store: GatedStore) -> None:
     assert types(log).count("agent_stopped") == 1
 
 
+async def test_a_stop_that_finds_a_queued_run_stopped_waits_for_the_commit_of_that(store: GatedStore) -> None:
+    receipts: list[StopReceipt] = []
+
+    with trio.fail_after(5):
+        async with open_world(store) as world:
+            await world.agents.chat(chat("runs", "s"))
+            queued = await world.agents.chat(chat("waits", "s"))
+
+            async def stop() -> None:
+                receipts.append(await world.agents.stop(S, queued.run_id))
+
+            store.gate.close()
+            async with trio.open_nursery() as nursery:
+                for _ in range(2):
+                    nursery.start_soon(stop)
+                    await store.gate.arrived()
+                    await trio.testing.wait_all_tasks_blocked()
+                    assert receipts == []
+                store.gate.open()
+            await world.agents.stop(S)
+    assert sorted(receipt.stopped for receipt in receipts) == [(), (queued.run_id,)]
+
+
 async def test_stop_while_the_run_waits_for_its_first_commit(store: GatedStore) -> None:
     """The second run has its slot, but `run_started` is not durable yet."""
     receipts: list[StopReceipt] = []

@@ -1,10 +1,12 @@
 """The agent loop with tools: intent before act, result after it, a valid history whatever happens between."""
 
+from collections.abc import Sequence
+
 import trio
 import trio.testing
 
 from bamboo.config import AgentConfig
-from bamboo.core.events import AgentError, AgentMessage, AgentToolComplete, AgentToolStart, Event, Gap
+from bamboo.core.events import AgentError, AgentMessage, AgentToolComplete, AgentToolStart, Event, Item
 from bamboo.core.types import JsonObject, SessionId, ToolResult, content_text
 from tests.support.agents import World, chat, config, open_world, types
 from tests.support.stores import GatedStore
@@ -13,7 +15,7 @@ from tests.support.tools import FakeToolbox
 S = SessionId("s")
 
 
-def results(items: list[Event] | list[Event | Gap]) -> list[AgentToolComplete]:
+def results(items: Sequence[Item]) -> list[AgentToolComplete]:
     return [item.body for item in items if isinstance(item, Event) and isinstance(item.body, AgentToolComplete)]
 
 

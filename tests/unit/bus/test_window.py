@@ -8,7 +8,16 @@ import trio.testing
 
 from bamboo.bus.event_bus import EventBus
 from bamboo.bus.topic import Doorbell, Window
-from bamboo.core.events import AgentMessage, AgentToolComplete, Event, Gap, SessionClosed, UserMessage, event_bytes
+from bamboo.core.events import (
+    AgentMessage,
+    AgentToolComplete,
+    Event,
+    Gap,
+    Outage,
+    SessionClosed,
+    UserMessage,
+    event_bytes,
+)
 from bamboo.core.types import (
     Cursor,
     Epoch,
@@ -312,6 +321,7 @@ async def test_nothing_is_lost_when_the_store_fails_in_mid_stream(world: World) 
         world.logs.failures = 1
         with pytest.raises(StoreError):
             await subscription.receive()
+        assert await subscription.receive() == [Outage(SESSION, "the disk is on fire", 1.0)]
         assert seqs(await subscription.receive()) == [3]
 
 

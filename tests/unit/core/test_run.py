@@ -1,29 +1,12 @@
-"""The way of a run that ends by itself, its usage and stats, its retries. Tool calls are in `test_run_calls.py`, the
-seal is in `test_run_seal.py`."""
+"""The way of a run that ends by itself, its usage and stats. Tool calls are in `test_run_calls.py`, retries and
+fallbacks in `test_run_attempts.py`, the seal is in `test_run_seal.py`."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 
-from bamboo.core.events import (
-    AgentComplete,
-    AgentError,
-    AgentMessage,
-    AgentReasoning,
-    AgentRetry,
-    AgentToken,
-    EventBody,
-    terminal_status,
-)
-from bamboo.core.run import (
-    BACKOFF_BASE_S,
-    BACKOFF_CAP_S,
-    RETRIED_CODES,
-    Failure,
-    RunMachine,
-    RunState,
-)
+from bamboo.core.events import AgentComplete, AgentMessage, AgentReasoning, AgentToken
+from bamboo.core.run import RunMachine, RunState
 from bamboo.core.types import (
     FinishDelta,
     Message,
@@ -33,28 +16,13 @@ from bamboo.core.types import (
     ReasoningDelta,
     RunId,
     RunStats,
-    RunStatus,
     TextDelta,
     ToolCallDelta,
     Usage,
     UsageDelta,
     text_content,
 )
-from bamboo.errors import RETRYABLE, ErrorCode
-from tests.support.machines import (
-    ASKED,
-    BUSY,
-    LOOK,
-    WRITE,
-    begun,
-    call,
-    new_machine,
-    partial,
-    retry_of,
-    run_tools,
-    text,
-    tools_due,
-)
+from tests.support.machines import ASKED, LOOK, WRITE, begun, call, new_machine, run_tools, text, tools_due
 
 
 def complete(machine: RunMachine) -> AgentComplete:
@@ -209,113 +177,3 @@ def test_run_without_any_delta_has_no_time_to_first_token() -> None:
     machine = begun()
     machine.step_ended(1_700)
     assert complete(machine).stats == RunStats(queue_ms=500, ttft_ms=None, elapsed_ms=200)
-
-
-# Retries
-
-
-def test_codes_that_are_retried_are_error_codes_that_are_retryable() -> None:
-    assert {ErrorCode(code) for code in RETRIED_CODES} <= RETRYABLE
-
-
-@pytest.mark.parametrize("code", sorted(RETRIED_CODES))
-def test_failure_before_the_first_delta_is_tried_again(code: str) -> None:
-    machine = begun()
-    retry = retry_of(machine, Failure(code, "x", retryable=True))
-    assert retry.body == AgentRetry(1, "p", code, round(retry.delay_s * 1000))
-    assert machine.next_call().messages == (ASKED,)
-    assert machine.state is RunState.CALLING
-    machine.feed(text("x"), 1_600)
-    machine.step_ended(1_700)
-    assert terminal_status(machine.terminal) is RunStatus.COMPLETED
-
-
-@pytest.mark.parametrize("code", sorted({code.value for code in ErrorCode} - RETRIED_CODES))
-def test_other_failures_end_the_run_at_once(code: str) -> None:
-    machine = begun()
-    assert machine.failed(Failure(code, "why", retryable=False)) is None
-    assert machine.closing == (AgentError(code, "why", retryable=False),)
-
-
-@pytest.mark.parametrize(
-    ("delta", "kept"),
-    [(TextDelta("x"), [partial("msg1", "x")]), (ReasoningDelta("r"), []), (ToolCallDelta(0, None, None, "{"), [])],
-)
-def test_failure_after_the_first_delta_ends_the_run_and_keeps_the_text(
-    delta: ProviderDelta, kept: list[EventBody]
-) -> None:
-    machine = begun()
-    machine.feed([delta], 1_600)
-    assert machine.failed(BUSY) is None
-    assert machine.closing == (*kept, AgentError(BUSY.code, BUSY.message, retryable=True))
-
-
-@pytest.mark.parametrize("delta", [TextDelta(""), FinishDelta("stop"), UsageDelta(Usage(1, 0, 1))])
-def test_what_shows_nothing_does_not_stand_in_the_way_of_a_retry(delta: ProviderDelta) -> None:
-    machine = begun()
-    machine.feed([delta], 1_600)
-    assert machine.failed(BUSY) is not None
-
-
-def test_attempts_are_bounded_and_then_the_failure_ends_the_run() -> None:
-    machine = begun(max_retries=2)
-    attempts = []
-    while (retry := machine.failed(BUSY)) is not None:
-        attempts.append(retry.body.attempt)
-        machine.next_call()
-    assert attempts == [1, 2]
-    assert machine.closing == (AgentError(BUSY.code, BUSY.message, retryable=True),)
-
-
-def test_no_retries_means_none() -> None:
-    machine = begun(max_retries=0)
-    assert machine.failed(BUSY) is None
-    assert machine.sealed
-
-
-def test_attempts_are_counted_per_step() -> None:
-    machine = begun(max_retries=1)
-    assert retry_of(machine).body.attempt == 1
-    machine.next_call()
-    run_tools(machine, tools_due(machine))
-    machine.next_call()
-    assert retry_of(machine).body.attempt == 1
-    machine.next_call()
-    assert machine.failed(BUSY) is None
-
-
-def test_repeating_a_failed_call_takes_no_step_from_the_budget() -> None:
-    machine = begun(max_steps=2, max_retries=5)
-    for _ in range(5):
-        retry_of(machine)
-        machine.next_call()
-    run_tools(machine, tools_due(machine))
-    machine.next_call()
-    machine.feed(text("x"), 1_900)
-    machine.step_ended(2_000)
-    assert terminal_status(machine.terminal) is RunStatus.COMPLETED
-
-
-@pytest.mark.parametrize("wish", [0.0, 0.25, BACKOFF_CAP_S])
-def test_retry_after_is_obeyed_exactly(wish: float) -> None:
-    retry = retry_of(begun(random=lambda: 0.99), replace(BUSY, retry_after_s=wish))
-    assert retry.delay_s == wish
-    assert retry.body.delay_ms == round(wish * 1000)
-
-
-def test_retry_after_beyond_the_cap_ends_the_run() -> None:
-    machine = begun()
-    assert machine.failed(replace(BUSY, retry_after_s=BACKOFF_CAP_S + 0.001)) is None
-    assert machine.closing == (AgentError(BUSY.code, BUSY.message, retryable=True),)
-
-
-@pytest.mark.parametrize("jitter", [0.0, 0.5, 0.999_999])
-def test_pause_doubles_up_to_the_cap_with_jitter_in_its_upper_half(jitter: float) -> None:
-    machine = begun(max_retries=20, random=lambda: jitter)
-    delays = []
-    while (retry := machine.failed(BUSY)) is not None:
-        delays.append(retry.delay_s)
-        machine.next_call()
-    ceilings = [min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2**attempt) for attempt in range(20)]
-    assert delays == [pytest.approx(ceiling * (1 + jitter) / 2) for ceiling in ceilings]
-    assert all(ceiling / 2 <= delay < ceiling for delay, ceiling in zip(delays, ceilings, strict=True))

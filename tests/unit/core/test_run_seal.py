@@ -4,17 +4,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from bamboo.core.attempts import Failure
 from bamboo.core.events import (
     AgentComplete,
     AgentError,
     AgentStopped,
     AgentToolComplete,
 )
-from bamboo.core.run import (
-    Failure,
-    RunMachine,
-    RunState,
-)
+from bamboo.core.run import RunMachine, RunState
 from bamboo.core.tool_calls import PlannedCall
 from bamboo.core.types import (
     ToolResult,

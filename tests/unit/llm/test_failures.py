@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from bamboo.errors import ErrorCode
+from bamboo.llm.base import RequestRejectedError
 from bamboo.llm.failures import Redactor, body_text, connect_error, retry_after_s, status_error, told_error
 
 NOW_S = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
@@ -30,6 +31,59 @@ NOW_S = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 )
 def test_every_status_has_its_code(status: int, code: ErrorCode) -> None:
     assert status_error("p", status, "", where="http://x", model="m").code is code
+
+
+@pytest.mark.parametrize("said", ["", "maximum context length is 8192 tokens", "messages[1].role: invalid value"])
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_the_request_holds_is_its_own_fault(status: int, said: str) -> None:
+    error = status_error("p", status, said, where="http://x", model="m")
+
+    assert isinstance(error, RequestRejectedError)
+    assert error.code is ErrorCode.PROVIDER_REJECTED
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (404, "no such model"),
+        (402, "Insufficient Balance"),
+        (405, ""),
+        (410, ""),
+        (301, "http://elsewhere"),
+        # As Gemini, OpenRouter, DeepSeek and others answer.
+        (400, "API key not valid. Please pass a valid API key."),
+        (400, "gpt-9 is not a valid model ID"),
+        (400, "Model Not Exist"),
+        (400, "Invalid model. Please select a different model to continue."),
+        (422, "model does not exist"),
+    ],
+)
+def test_a_rejection_for_the_address_the_model_or_the_account_is_no_fault_of_the_request(
+    status: int, said: str
+) -> None:
+    error = status_error("p", status, said, where="http://x", model="m")
+
+    assert error.code is ErrorCode.PROVIDER_REJECTED
+    assert not isinstance(error, RequestRejectedError)
+
+
+@pytest.mark.parametrize(
+    ("error", "of_request"),
+    [
+        ({"code": 400, "message": "too long"}, True),
+        ({"code": "context_length_exceeded", "type": "invalid_request_error"}, True),
+        ({"type": "content_filter", "message": "m"}, True),
+        ({"code": 404, "message": "m"}, False),
+        ({"code": 402, "message": "m"}, False),
+        ({"code": "model_not_found", "type": "invalid_request_error", "message": "m"}, False),
+        ({"code": "invalid_request_error", "message": "Model Not Exist"}, False),
+    ],
+)
+def test_a_rejection_in_a_stream_is_told_apart_in_the_same_way(error: Any, *, of_request: bool) -> None:
+    told = told_error("p", error, Redactor(None))
+
+    assert told.code is ErrorCode.PROVIDER_REJECTED
+    assert isinstance(told, RequestRejectedError) is of_request
 
 
 def test_a_missing_model_is_told_with_its_name_and_where() -> None:

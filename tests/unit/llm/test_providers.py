@@ -12,8 +12,8 @@ SCRIPTED = ProviderConfig(kind="scripted", script="echo", model="echo")
 SECRET = "sk-very-secret"
 
 
-def config(default: str = "a", **providers: ProviderConfig) -> LlmConfig:
-    return LlmConfig(default_provider=default, providers=providers)
+def config(default: str = "a", fallback: tuple[str, ...] = (), **providers: ProviderConfig) -> LlmConfig:
+    return LlmConfig(default_provider=default, fallback=fallback, providers=providers)
 
 
 async def test_every_entry_is_a_provider_under_its_name() -> None:
@@ -75,3 +75,39 @@ async def test_a_chat_with_an_unknown_provider_is_the_clients_mistake() -> None:
             providers.resolve("b", None)
 
         assert refused.value.code is ErrorCode.INVALID_REQUEST
+
+
+@pytest.mark.parametrize(
+    ("fallback", "asked"),
+    [
+        ((), [("a", "m2")]),
+        (("b",), [("a", "m2"), ("b", "m2")]),
+        (("c", "b"), [("a", "m2"), ("c", "echo"), ("b", "m2")]),
+        (("a", "b", "a", "b"), [("a", "m2"), ("b", "m2")]),
+        (("d", "b"), [("a", "m2"), ("b", "m2")]),
+    ],
+    ids=["none", "one", "in their order", "the default and repetitions", "a demo"],
+)
+async def test_the_default_is_asked_then_each_fallback_once_for_its_own_model(
+    fallback: tuple[str, ...], asked: list[tuple[str, str]]
+) -> None:
+    """`d` has no key: a demo stands in for it."""
+    async with open_providers(config("a", fallback, a=KEYLESS, b=KEYLESS, c=SCRIPTED, d=OPENAI), {}) as providers:
+        assert [(provider.name, model) for provider, model in providers.in_turn()] == asked
+
+
+async def test_a_demo_that_is_the_default_answers() -> None:
+    async with open_providers(config("a", ("b",), a=OPENAI, b=KEYLESS), {}) as providers:
+        assert [provider.demo for provider, _ in providers.in_turn()] == [True, False]
+
+
+async def test_a_fallback_that_is_not_configured_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"llm\.fallback: there is no provider 'x' \(there is: a\)"):
+        async with open_providers(config("a", ("x",), a=SCRIPTED), {}):
+            pass
+
+
+async def test_the_default_model_of_a_provider_that_is_no_more_is_nothing() -> None:
+    async with open_providers(config(a=OPENAI), {"THE_KEY": SECRET}) as providers:
+        assert providers.default_model("a") == "m1"
+        assert providers.default_model("gone") == ""
