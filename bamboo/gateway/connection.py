@@ -10,6 +10,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from bamboo.config import Config
 from bamboo.errors import BambooError, ErrorCode
+from bamboo.gateway.admission import Visitor
 from bamboo.gateway.outbox import Outbox
 from bamboo.gateway.requests import Requests, Services
 from bamboo.gateway.stream import ClientStream
@@ -25,6 +26,20 @@ CLOSE_S: Final = 2.0
 HANDOVER_S: Final = 1.0
 """How long the frames of a client that has left may still take: its last words count, its waiting does not."""
 
+MAX_CONNECT_BYTES: Final = 32 * 1024
+"""Of a frame before the connection is connected: `connect` is small, and whoever sends it may be anybody."""
+
+READ_AHEAD_BYTES: Final = 64 * 1024
+"""Read from a client while a frame of it is in work: enough that pings and pongs behind it are seen, so little that
+frames which wait cost no memory. Before the connection is connected it is all that is read without there being a frame.
+"""
+
+_MAX_PIECES: Final = 1024
+_PIECE_BYTES: Final = 256
+"""A frame may come in _MAX_PIECES pieces (fragments, or reads of the socket), and in one more for each _PIECE_BYTES of
+`gateway.max_message_bytes`: trio-websocket keeps each piece as an object of its own, empty ones too.
+"""
+
 _PROTOCOL_FAILURES: Final = (1002, 1007)  # RFC 6455: protocol error, invalid UTF-8
 _BAD_FRAME: Final = frozenset({ErrorCode.INVALID_MESSAGE, ErrorCode.NOT_CONNECTED, ErrorCode.UNKNOWN_COMMAND})
 
@@ -33,8 +48,8 @@ class Connection:
     """A connection after its upgrade. `run` is its life, `close` says goodbye; both are its owner's to call.
 
     Frames are read one at a time and answered in order, so at most one is in work (stops, a few, go on by themselves),
-    and none is read while too many answers wait to be written. Leaving `run` leaves nothing behind in the bus; what the
-    agents accepted goes on without it.
+    and none is read while too many answers wait to be written. What a client sends meanwhile stays in the kernel, all
+    but READ_AHEAD_BYTES. Leaving `run` leaves nothing behind in the bus; what the agents accepted goes on without it.
     """
 
     def __init__(
@@ -44,23 +59,27 @@ class Connection:
         services: Services,
         stream: ClientStream,
         websocket: WebSocketConnection,
-        *,
-        admitted: bool,
+        visitor: Visitor,
     ) -> None:
         self.connection_id = connection_id
         self._gateway = config.gateway
         self._stream = stream
         self._websocket = websocket
         self._outbox = Outbox()
-        self._requests = Requests(connection_id, services, self._outbox, admitted=admitted)
+        self._requests = Requests(connection_id, services, self._outbox, visitor)
         self._reading = trio.CancelScope()
         self._receiving = False
+        self._taken_at = stream.received
+        self._wanted: trio.Event | None = None
+        self._ended = False
+        self._too_much = False
         self._close_code: int | None = None
         self._bad_frames = 0
         self._ping_at = inf
         self._pong_due = inf
         stream.failure_code = self._failure_code
         stream.on_end = self._client_gone
+        stream.before_receive = self._before_receive
 
     def __repr__(self) -> str:
         return f"<Connection {self.connection_id} {self._outbox!r}>"
@@ -75,6 +94,8 @@ class Connection:
                 if self._close_code is None:
                     nursery.cancel_scope.cancel()
         finally:
+            self._ended = True  # what still comes is dropped, but for the answer to our close frame
+            self._want()
             self._outbox.close()
 
     def finish(self, code: int) -> None:
@@ -124,21 +145,49 @@ class Connection:
 
     async def _read_one(self, nursery: trio.Nursery) -> bool:
         """Do the next frame. False at the end of the connection. Of a frame nothing is kept while it waits."""
-        await self._outbox.wait_room()
         self._receiving = True
+        self._want()
         try:
             message = await self._websocket.get_message()
         except ConnectionClosed:
             return False
         finally:
             self._receiving = False
+            self._taken_at = self._stream.received
         began = trio.current_time()
         await self._handle(message, nursery)
+        del message
+        await self._outbox.wait_room()
         self._pong_due += trio.current_time() - began
         return True
 
+    def _want(self) -> None:
+        """More may be read from the client."""
+        if self._wanted is not None:
+            self._wanted.set()
+            self._wanted = None
+
+    async def _before_receive(self) -> None:
+        """trio-websocket is about to read. Waits while enough was read ahead of the frame in work. Raises
+        ClosedResourceError for a client that has sent too much for one frame; `_failure_code` says so.
+        """
+        if len(self._websocket._message_parts) > _MAX_PIECES + self._gateway.max_message_bytes // _PIECE_BYTES:
+            self._too_much = True
+        while self._stream.received - self._taken_at > READ_AHEAD_BYTES and not (self._too_much or self._ended):
+            if self._receiving:
+                self._too_much = self._requests.session_id is None
+                break
+            if self._wanted is None:
+                self._wanted = trio.Event()
+            await self._wanted.wait()
+        if self._too_much:
+            raise trio.ClosedResourceError
+
     async def _handle(self, message: str | bytes, nursery: trio.Nursery) -> None:
-        if len(message) * 4 > self._gateway.max_message_bytes and self._too_big(message):
+        max_bytes = self._gateway.max_message_bytes
+        if self._requests.session_id is None:
+            max_bytes = min(max_bytes, MAX_CONNECT_BYTES)
+        if len(message) * 4 > max_bytes and _size(message) > max_bytes:
             self.finish(CloseCode.MESSAGE_TOO_BIG)
             return
         ref: Ref | None = None
@@ -153,15 +202,13 @@ class Connection:
         else:
             self._bad_frames = 0
 
-    def _too_big(self, message: str | bytes) -> bool:
-        """trio-websocket counts characters; the limit is in bytes."""
-        return len(message.encode() if isinstance(message, str) else message) > self._gateway.max_message_bytes
-
     def _refuse(self, error: BambooError, ref: Ref | None) -> None:
         self._outbox.put(error_frame(error, ref))
         self._bad_frames = self._bad_frames + 1 if error.code in _BAD_FRAME else 0
         if error.code == ErrorCode.UNAUTHORIZED:
             self.finish(CloseCode.UNAUTHORIZED)
+        elif error.code == ErrorCode.OVERLOADED and not self._requests.admitted:
+            self.finish(CloseCode.TRY_AGAIN_LATER)
         elif self._bad_frames >= MAX_BAD_FRAMES:
             self.finish(CloseCode.TOO_MANY_ERRORS)
 
@@ -235,6 +282,15 @@ class Connection:
         self._pong_due = inf
 
     def _failure_code(self) -> int | None:
-        """What the client is told when its frames broke the protocol: trio-websocket closes without a word."""
+        """What the client is told when its frames broke the protocol or were too much: trio-websocket closes without a
+        word.
+        """
+        if self._too_much:
+            return CloseCode.MESSAGE_TOO_BIG
         closed = self._websocket.closed
         return closed.code if closed is not None and closed.code in _PROTOCOL_FAILURES else None
+
+
+def _size(message: str | bytes) -> int:
+    """trio-websocket counts characters; the limits are in bytes."""
+    return len(message.encode() if isinstance(message, str) else message)

@@ -1,6 +1,6 @@
 """The gateway's listening socket: who is let in, how many at once, and how all of them are seen off."""
 
-import errno
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from math import ceil
@@ -15,25 +15,20 @@ from wsproto.utilities import LocalProtocolError
 from bamboo.bus.event_bus import EventBus
 from bamboo.config import Config
 from bamboo.errors import ClientError, ErrorCode, StartError
-from bamboo.gateway.admission import Admission
+from bamboo.gateway.admission import Admission, NoRoomError, Visitor
 from bamboo.gateway.connection import Connection
+from bamboo.gateway.door import Door, error_body, peer_of, refusal, refuse_nowait
 from bamboo.gateway.requests import Agents, Services
 from bamboo.gateway.stream import ClientStream
 from bamboo.store.base import Store
-from bamboo.wire.encode import HTTP_STATUS, CloseCode, dumps, error_fields
+from bamboo.tls import server_context
+from bamboo.wire.addresses import AddressLimits
+from bamboo.wire.encode import HTTP_STATUS, CloseCode
 
 log = structlog.get_logger("bamboo.gateway")
 
 GOODBYE_S: Final = 2.0
 """How long all clients together may take to be told that the server goes away; then their sockets are dropped."""
-
-MAX_HANDSHAKES: Final = 128
-"""Connections that may be in their handshake at once; further ones wait in the kernel's queue. A handshake has
-`gateway.connect_timeout_s`, so that slow ones cannot keep others out for longer.
-"""
-
-RETRY_AFTER_S: Final = 5.0
-"""When a client that was refused for the cap may come back."""
 
 MAX_TICK_S: Final = 1.0
 """How late a heartbeat may be."""
@@ -41,21 +36,28 @@ MAX_TICK_S: Final = 1.0
 _INBOUND_MESSAGES: Final = 4  # read ahead of the one in work, so that pongs and pings are seen behind them
 _RECEIVE_BYTES: Final = 4096
 _BACKLOG: Final = 1024  # connections that the kernel holds until we accept them; the system may allow fewer
-_NO_MORE_FILES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _REACHED_AT: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound
-_ACCEPT_RETRY_S: Final = 0.1  # as trio.serve_listeners has it
 
 
 class Gateway:
     """The running gateway. `port` and `url` are where it really listens."""
 
-    def __init__(self, config: Config, services: Services, listeners: Sequence[trio.SocketListener]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        services: Services,
+        admission: Admission,
+        listeners: Sequence[trio.SocketListener],
+        tls: ssl.SSLContext | None,
+    ) -> None:
         self._config = config
         self._services = services
+        self._admission = admission
         self._listeners = listeners
+        self._tls = tls
+        self._door = Door()
         self._connections: set[Connection] = set()
         self._taken = 0
-        self._handshakes = trio.Semaphore(MAX_HANDSHAKES)
         self._tasks = trio.CancelScope(shield=True)
         self._closing = False
         self._ended = trio.Event()
@@ -63,7 +65,8 @@ class Gateway:
         self._drained_at: float | None = None
         self.port: int = listeners[0].socket.getsockname()[1]
         host = _REACHED_AT.get(config.gateway.host, config.gateway.host)
-        self.url = f"ws://[{host}]:{self.port}/" if ":" in host else f"ws://{host}:{self.port}/"
+        scheme = "ws" if tls is None else "wss"
+        self.url = f"{scheme}://[{host}]:{self.port}/" if ":" in host else f"{scheme}://{host}:{self.port}/"
 
     def __repr__(self) -> str:
         return f"<Gateway {self.url} {len(self._connections)} connections>"
@@ -72,6 +75,11 @@ class Gateway:
     def connections(self) -> int:
         """Connections that were upgraded and are not gone."""
         return len(self._connections)
+
+    @property
+    def waiting(self) -> int:
+        """Connections that are on their way in, or being refused."""
+        return self._door.waiting
 
     def draining(self, grace_s: float) -> None:
         """Tell every client, and those that still come, that the server stops in `grace_s` seconds. Subscriptions
@@ -124,21 +132,23 @@ class Gateway:
 
     async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
         while True:
-            await self._handshakes.acquire()
             try:
-                stream = await listener.accept()
+                accepted = await self._door.accept(listener)
             except trio.ClosedResourceError:
                 if self._closing:
                     return
                 raise
-            except OSError as error:
-                if error.errno not in _NO_MORE_FILES:
-                    raise
-                log.error("accept_failed", error=str(error), retry_s=_ACCEPT_RETRY_S)  # noqa: TRY400 - no bug of ours
-                self._handshakes.release()
-                await trio.sleep(_ACCEPT_RETRY_S)
-                continue
-            nursery.start_soon(self._serve, stream)
+            try:
+                visitor = Visitor(self._admission, peer_of(accepted))
+            except OSError:
+                accepted.socket.close()  # it is gone already
+            except NoRoomError as error:
+                log.debug("connection_refused", code=error.code)
+                refuse_nowait(accepted, refusal(error) if self._tls is None else b"")
+            else:
+                stream = ClientStream(accepted, write_timeout_s=self._config.server.write_timeout_s, tls=self._tls)
+                self._door.enter(stream)
+                nursery.start_soon(self._serve, stream, visitor)
 
     async def _tick(self) -> None:
         """The clock of all heartbeats: a deadline for each wait would cost a connection a third of its wake-ups."""
@@ -150,53 +160,60 @@ class Gateway:
             for connection in self._connections:
                 connection.tick(now)
 
-    async def _serve(self, accepted: trio.SocketStream) -> None:
+    async def _serve(self, stream: ClientStream, visitor: Visitor) -> None:
         """One TCP connection, from its handshake to its end. The one place where what goes wrong in a connection is
         caught.
         """
         connection_id = token_hex(8)
-        stream = ClientStream(accepted, write_timeout_s=self._config.server.write_timeout_s)
         request = None
         try:
             try:
                 async with trio.open_nursery() as nursery:  # of trio-websocket's reader
                     request = await self._handshake(stream, nursery)
                     if request is not None:
-                        await self._converse(connection_id, stream, request)
+                        await self._converse(connection_id, stream, request, visitor)
                     nursery.cancel_scope.cancel()
             except Exception as error:
-                if request is None:  # only the peer's bytes and the library's parsers were at work
-                    log.info("handshake_failed", connection_id=connection_id, error=repr(error))
+                if request is None:  # only the peer's bytes and the libraries' parsers were at work
+                    log.debug("handshake_failed", connection_id=connection_id, error=repr(error))
                 elif not _is_late(error):
                     log.exception("connection_failed", connection_id=connection_id)
             await stream.aclose()
             await stream.linger()
         finally:
             stream.close()
+            visitor.leave()
+            self._door.leave(stream)
 
     async def _handshake(self, stream: ClientStream, nursery: trio.Nursery) -> WebSocketRequest | None:
-        """What the client asks for. None: it is no WebSocket client (and was told 400), or too slow, or gone."""
-        try:
-            with trio.move_on_after(self._config.gateway.connect_timeout_s) as patience:
-                stream.on_end = patience.cancel
-                request = await wrap_server_stream(
-                    nursery,
-                    stream,
-                    message_queue_size=_INBOUND_MESSAGES,
-                    max_message_size=self._config.gateway.max_message_bytes,
-                    receive_buffer_size=min(_RECEIVE_BYTES, self._config.gateway.max_message_bytes),
-                )
-                stream.on_end = None
-                return request
-            return None
-        finally:
-            self._handshakes.release()
+        """What the client asks for. None: it is no WebSocket client (and was told 400), or too slow, or gone, or there
+        is no room for it (and it was told 503).
+        """
+        with trio.move_on_after(self._config.gateway.connect_timeout_s) as patience:
+            if self._tls is None and self._taken >= self._config.gateway.max_connections:
+                await stream.send_all(refusal(_full()))
+                return None
+            await stream.handshake()
+            stream.on_end = patience.cancel
+            request = await wrap_server_stream(
+                nursery,
+                stream,
+                message_queue_size=_INBOUND_MESSAGES,
+                max_message_size=self._config.gateway.max_message_bytes,
+                receive_buffer_size=min(_RECEIVE_BYTES, self._config.gateway.max_message_bytes),
+            )
+            stream.on_end = None
+            return request
+        return None
 
-    async def _converse(self, connection_id: str, stream: ClientStream, request: WebSocketRequest) -> None:
+    async def _converse(
+        self, connection_id: str, stream: ClientStream, request: WebSocketRequest, visitor: Visitor
+    ) -> None:
         """Let the client in, or refuse it, and serve it until it has been seen off."""
         try:
-            admitted = self._services.admission.admit(stream.take_host(), request.headers)
-            self._check_room()
+            visitor.check(stream.take_host(), request.headers, trio.current_time())
+            if self._taken >= self._config.gateway.max_connections:
+                raise _full()
         except ClientError as error:
             log.debug("connection_refused", connection_id=connection_id, code=error.code)
             await _reject(request, error)
@@ -204,18 +221,13 @@ class Gateway:
         self._taken += 1
         try:
             websocket = await request.accept()
-            connection = Connection(connection_id, self._config, self._services, stream, websocket, admitted=admitted)
+            self._door.leave(stream)
+            connection = Connection(connection_id, self._config, self._services, stream, websocket, visitor)
             await self._attend(connection)
         except ConnectionClosed:
             return  # it left before it was in
         finally:
             self._taken -= 1
-
-    def _check_room(self) -> None:
-        if self._taken >= self._config.gateway.max_connections:
-            raise ClientError(
-                ErrorCode.OVERLOADED, "the gateway has as many connections as it may", retry_after_s=RETRY_AFTER_S
-            )
 
     async def _attend(self, connection: Connection) -> None:
         self._connections.add(connection)
@@ -241,16 +253,29 @@ def _is_late(error: Exception) -> bool:
     return isinstance(error, ExceptionGroup) and error.split(LocalProtocolError)[1] is None
 
 
+def _full() -> NoRoomError:
+    return NoRoomError("the gateway has as many connections as it may")
+
+
 async def _reject(request: WebSocketRequest, error: ClientError) -> None:
     """Refuse the upgrade with the body that errors have over HTTP."""
-    status = 503 if error.code == ErrorCode.OVERLOADED else HTTP_STATUS[error.code]
+    status = 503 if isinstance(error, NoRoomError) else HTTP_STATUS[error.code]
     headers = [(b"Content-Type", b"application/json"), (b"Connection", b"close")]
     if error.retry_after_s is not None:
         headers.append((b"Retry-After", str(ceil(error.retry_after_s)).encode()))
     if error.code == ErrorCode.UNAUTHORIZED:
         headers.append((b"WWW-Authenticate", b"Bearer"))
     with suppress(ConnectionClosed):
-        await request.reject(status, extra_headers=headers, body=dumps({"error": error_fields(error)}))
+        await request.reject(status, extra_headers=headers, body=error_body(error))
+
+
+def _tls(config: Config) -> ssl.SSLContext | None:
+    """Raises StartError."""
+    files = config.gateway_tls
+    if files is None:
+        return None
+    section = "server" if config.gateway.certfile is None else "gateway"
+    return server_context(*files, alpn=["http/1.1"], section=section)
 
 
 async def _listen(config: Config) -> list[trio.SocketListener]:
@@ -278,29 +303,26 @@ async def open_gateway(
     bus: EventBus,
     store: Store,
     page_origins: Callable[[], Sequence[str]],
+    addresses: AddressLimits,
 ) -> AsyncIterator[Gateway]:
     """The gateway, listening when this is entered. Leaving the block closes every connection with 1001, within
     GOODBYE_S.
 
     Its tasks run in `nursery`, which the caller opens around this block: a failure of the accept loop ends it.
     `page_origins()` are the origins of the HTTP server's own page; asked at each handshake, for they may be known only
-    later. Raises StartError.
+    later. `addresses` counts for the HTTP server too. Raises StartError.
     """
-    limits = {
-        "max_message_bytes": config.gateway.max_message_bytes,
-        "max_subscriptions": config.gateway.max_subscriptions,
-        "max_queued_runs_per_session": config.agent.max_queued_runs_per_session,
-    }
     services = Services(
         agents=agents,
         bus=bus,
         store=store,
-        admission=Admission.of(config, page_origins),
         max_subscriptions=config.gateway.max_subscriptions,
         heartbeat_interval_s=config.gateway.heartbeat_interval_secs,
-        limits=limits,
+        limits=config.limits,
     )
-    gateway = Gateway(config, services, await _listen(config))
+    admission = Admission.of(config, page_origins, addresses)
+    tls = _tls(config)
+    gateway = Gateway(config, services, admission, await _listen(config), tls)
     await nursery.start(gateway.run)
     try:
         yield gateway

@@ -10,11 +10,10 @@ import trio
 
 from bamboo.bus.subscription import Subscription
 from bamboo.bus.topic import Doorbell
-from bamboo.core.events import Event, Gap
+from bamboo.core.events import Item
 from bamboo.core.types import SessionId
-from bamboo.errors import BambooError, StoreError
+from bamboo.errors import StoreError
 from bamboo.wire.encode import item_json
-from bamboo.wire.frames import error_frame
 
 BATCH_BYTES: Final = 256 * 1024
 """About how much one write takes: enough to be cheap, little enough that one session does not keep the others
@@ -26,10 +25,7 @@ ANSWERS_BYTES: Final = 256 * 1024
 
 _FRAME_BYTES: Final = 128  # what a waiting answer costs besides its text
 
-FETCH_TIMEOUT_S: Final = 15.0
-"""How long one read from the store may take: longer than the store's own deadlines, so that it speaks first."""
-
-RETRY_S: Final = (1.0, 30.0)
+RETRY_S: Final = (1.0, 8.0)
 """A subscription whose store read failed is tried again after this long, doubled each time up to the second number."""
 
 
@@ -38,7 +34,7 @@ class _Feed:
     """A subscription, what was read for it and is not gathered yet, and when it may be read for again."""
 
     subscription: Subscription
-    backlog: list[Event | Gap] = field(default_factory=list)
+    backlog: list[Item] = field(default_factory=list)
     retry_at: float = 0.0
     retry_s: float = RETRY_S[0]
     failing: bool = False
@@ -104,12 +100,23 @@ class Outbox:
         return len(self._feeds)
 
     def follows(self, session_id: SessionId) -> bool:
-        return session_id in self._feeds
+        """Not a session that was deleted and of which only the last words are to be gathered: a new one may have its
+        id.
+        """
+        feed = self._feeds.get(session_id)
+        return feed is not None and not feed.subscription.deleted
 
     def follow(self, subscription: Subscription) -> None:
-        """Gather from a subscription that has its place. From here on it is the outbox's to close."""
-        assert subscription.session_id not in self._feeds
-        self._feeds[subscription.session_id] = _Feed(subscription)
+        """Gather from a subscription that has its place; of a deleted session with the same id the last words come
+        before. From here on it is the outbox's to close.
+        """
+        session_id = subscription.session_id
+        assert not self.follows(session_id)
+        last_words: list[Item] = []
+        if (before := self._feeds.get(session_id)) is not None:
+            last_words = [*before.backlog, *(before.subscription.take_nowait() or ())]
+            self.unfollow(session_id)
+        self._feeds[session_id] = _Feed(subscription, last_words)
         self.doorbell.ring()
 
     def unfollow(self, session_id: SessionId) -> None:
@@ -165,14 +172,14 @@ class Outbox:
                 self._turn(served)
                 break
             served.append(session_id)
-            if session_id == self._held or feed.retry_at > now:
+            if session_id == self._held:
                 continue
             items, feed.backlog = feed.backlog, []
             more = feed.subscription.take_nowait()
-            if more is None:
-                self._lagging.append(feed)
-            else:
+            if more is not None:
                 items += more
+            elif feed.retry_at <= now:
+                self._lagging.append(feed)
             for item in items:
                 payload = item_json(item)
                 batch.append(payload)
@@ -210,28 +217,17 @@ class Outbox:
             self._room = None
 
     async def fetch(self) -> None:
-        """Read from the store for the feed that has lagged longest. A failure is told once, and the feed is tried again
-        later.
+        """Read from the store for the feed that has lagged longest. After a failure, which its subscription tells of,
+        it is tried again later.
         """
         feed = self._lagging.pop(0)
         try:
-            items = await self._read(feed)
-        except StoreError as error:
+            items = await feed.subscription.fetch()
+        except StoreError:
             feed.retry_at = trio.current_time() + feed.retry_s
             feed.retry_s = min(2 * feed.retry_s, RETRY_S[1])
-            if not feed.failing:
-                feed.failing = True
-                self.put(error_frame(_of_session(error, feed.subscription.session_id)))
+            feed.failing = True
             return
         feed.failing, feed.retry_s = False, RETRY_S[0]
         if self._feeds.get(feed.subscription.session_id) is feed:  # else it was left meanwhile
             feed.backlog += items
-
-    async def _read(self, feed: _Feed) -> list[Event | Gap]:
-        with trio.move_on_after(FETCH_TIMEOUT_S):
-            return await feed.subscription.fetch()
-        raise StoreError("the store did not answer in time")
-
-
-def _of_session(error: BambooError, session_id: SessionId) -> BambooError:
-    return BambooError(error.code, error.message, retry_after_s=error.retry_after_s, session_id=session_id)

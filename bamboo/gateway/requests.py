@@ -10,7 +10,7 @@ from bamboo.agent.registry import new_session_id
 from bamboo.bus.event_bus import EventBus
 from bamboo.core.types import Accepted, Chat, Cursor, MessageId, RunId, SessionId, StopReceipt
 from bamboo.errors import BambooError, ClientError, ErrorCode, session_not_found
-from bamboo.gateway.admission import Admission
+from bamboo.gateway.admission import Visitor
 from bamboo.gateway.outbox import Outbox
 from bamboo.store.base import Store
 from bamboo.store.records import page_fields, snapshot_fields
@@ -58,10 +58,9 @@ class Services:
     agents: Agents
     bus: EventBus
     store: Store
-    admission: Admission
     max_subscriptions: int
     heartbeat_interval_s: float
-    limits: Mapping[str, int]
+    limits: Mapping[str, int | float]
 
 
 _StopAnswer = Callable[[SessionId, StopReceipt, Ref | None], bytes]
@@ -74,22 +73,28 @@ class Requests:
     was accepted or a stop that was handed over.
     """
 
-    def __init__(self, connection_id: str, services: Services, outbox: Outbox, *, admitted: bool) -> None:
+    def __init__(self, connection_id: str, services: Services, outbox: Outbox, visitor: Visitor) -> None:
         self._connection_id = connection_id
         self._services = services
         self._outbox = outbox
-        self._admitted = admitted
+        self._visitor: Visitor | None = visitor
         self._stops: dict[SessionId, trio.Event] = {}
         self.session_id: SessionId | None = None
         """The connection's own session; None before `connect`."""
         self._session_was_made = False
         """`connect` named none: another connection of the same client has another."""
 
+    @property
+    def admitted(self) -> bool:
+        """A `connect` has shown the token, or needed none."""
+        return self._visitor is None
+
     async def handle(self, frame: Frame, nursery: trio.Nursery) -> None:
         """Do what the frame asks for and put its answer out; a stop goes on in a task of `nursery`, and is answered
         from there.
 
-        Raises BambooError where the answer is an error; `unauthorized` only for a `connect` with a wrong token.
+        Raises BambooError where the answer is an error. `unauthorized`, and `overloaded` while the connection is not
+        `admitted`, end it.
         """
         if isinstance(frame, ConnectFrame):
             await self._connect(frame)
@@ -121,11 +126,10 @@ class Requests:
     async def _connect(self, frame: ConnectFrame) -> None:
         if self.session_id is not None:
             raise ClientError(ErrorCode.INVALID_MESSAGE, "this connection is connected already")
-        if not self._admitted:
+        if self._visitor is not None:
             token = None if frame.auth is None else frame.auth.get_secret_value()
-            if token is None or not self._services.admission.token_is(token):
-                raise ClientError(ErrorCode.UNAUTHORIZED, "connect.auth: the token is missing or wrong")
-            self._admitted = True
+            self._visitor.show(token, trio.current_time())
+            self._visitor = None
 
         def answer(session_id: SessionId, cursor: Cursor | None) -> bytes:
             return frames.connected_frame(

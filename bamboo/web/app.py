@@ -19,16 +19,15 @@ from bamboo.llm.base import Providers
 from bamboo.store.base import Store
 from bamboo.web.bodies import error_response
 from bamboo.web.middleware import Edge
+from bamboo.web.readiness import StoreProbe
 from bamboo.web.routes import add_routes
 from bamboo.web.services import Services
-from bamboo.web.serving import CLOSE_GRACE_S, HttpServer, open_listeners
+from bamboo.web.serving import CLOSE_GRACE_S, HttpServer, open_listeners, open_tls
 from bamboo.web.stream import OpenStreams
+from bamboo.wire.addresses import AddressLimits
 from bamboo.wire.encode import public_error
 
 log = structlog.get_logger(__name__)
-
-BODY_TIMEOUT_S: Final = 60
-"""How long a request's body may take to arrive whole."""
 
 CLOSE_S: Final = CLOSE_GRACE_S + 1
 """When closing gives up: aborting takes no time, so that this is never reached unless something is broken."""
@@ -52,33 +51,48 @@ async def open_web(
     bus: EventBus,
     store: Store,
     providers: Providers,
+    addresses: AddressLimits,
     gateway_url: str | None,
     ready: Callable[[], bool],
 ) -> AsyncIterator[Web]:
     """Listen and answer. The listening socket is open when this is entered; what fails in its tasks fails `nursery`.
+    `addresses` are those of both listeners.
 
     Leaving it stops accepting, closes idle connections at once, ends each SSE response after what is pending, and
     aborts what is not done 2 s later. If `nursery` is cancelled, every connection is aborted at once. Raises
     StartError.
     """
     streams = OpenStreams()
-    services = Services(config, agents, bus, store, providers, gateway_url, ready, streams)
-    async with open_http(create_app(services), config, nursery, on_closing=streams.end_all) as web:
-        yield web
+    probe = StoreProbe(store)
+    services = Services(config, agents, bus, store, providers, gateway_url, ready, streams, probe)
+    nursery.start_soon(probe.run)
+    app = create_app(services)
+    try:
+        async with open_http(app, config, nursery, addresses=addresses, on_closing=streams.end_all) as web:
+            yield web
+    finally:
+        probe.close()
 
 
 @asynccontextmanager
 async def open_http(
-    app: QuartTrio, config: Config, nursery: trio.Nursery, *, on_closing: Callable[[], None]
+    app: QuartTrio,
+    config: Config,
+    nursery: trio.Nursery,
+    *,
+    addresses: AddressLimits,
+    on_closing: Callable[[], None],
 ) -> AsyncIterator[Web]:
     """`open_web` for an app that was made already."""
+    tls = open_tls(config.server)
     listeners = await open_listeners(config.server)
     try:
         port = listeners[0].socket.getsockname()[1]
-        server = HttpServer(Edge(app, config.server), listeners, config.server, on_closing=on_closing)
+        edge = Edge(app, config.server, addresses)
+        server = HttpServer(edge, listeners, config.server, addresses=addresses, tls=tls, on_closing=on_closing)
         await nursery.start(server.run)
         try:
-            yield Web(_url(config.server.host, port), port, server)
+            yield Web(_url("http" if tls is None else "https", config.server.host, port), port, server)
         finally:
             with trio.move_on_after(CLOSE_S, shield=True) as patience:
                 await server.close()
@@ -93,7 +107,7 @@ def create_app(services: Services) -> QuartTrio:
     """The Quart app: routing, bodies and errors. It needs no lifespan."""
     app = QuartTrio("bamboo", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = services.config.server.max_body_bytes
-    app.config["BODY_TIMEOUT"] = BODY_TIMEOUT_S
+    app.config["BODY_TIMEOUT"] = None  # the middleware has the clock, also for a body that no handler waits for
     app.url_map.merge_slashes = False  # a redirect is HTML, and nothing of ours wants one
     app.register_error_handler(Exception, _on_error)
     add_routes(app, services)
@@ -122,5 +136,5 @@ def _on_http_exception(error: HTTPException) -> Response:
     return error_response(ClientError(ErrorCode.INVALID_REQUEST, f"the request cannot be understood: {error.name}"))
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

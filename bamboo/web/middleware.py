@@ -1,7 +1,7 @@
 """What stands between the connections and the app: who may come in, and what the app is spared.
 
-The checks come in the contract's order: Host and Origin (403), token (401); then the app's: route (404), method (405),
-content type (415), size (413), body (400).
+The checks come in the contract's order. The guard's: Host and Origin (403), token (401). Then the app's: route (404),
+method (405), content type (415), size (413), body (400).
 """
 
 from contextlib import ExitStack
@@ -20,10 +20,12 @@ from hypercorn.typing import (
     Scope,
 )
 
-from bamboo.config import ServerConfig, is_loopback
-from bamboo.errors import BambooError, ClientError, ErrorCode
+from bamboo.config import ServerConfig
+from bamboo.errors import ClientError, ErrorCode
 from bamboo.web.bodies import Answer, error_answer
-from bamboo.wire.access import bearer_is, host_is_known, origin_is_own
+from bamboo.web.guard import Guard, Head
+from bamboo.web.http1 import CONNECTION
+from bamboo.wire.addresses import AddressLimits
 from bamboo.wire.encode import public_error
 
 log = structlog.get_logger(__name__)
@@ -31,12 +33,17 @@ log = structlog.get_logger(__name__)
 EXCHANGE: Final = "exchange"
 """The key of a request's `scope["state"]` under which its Exchange is."""
 
-OPEN_PATHS: Final = frozenset({"/healthz", "/health", "/readyz"})
-"""What may be asked without the token: they tell nothing, and those who ask have none."""
+BODY_METHODS: Final = frozenset({"POST", "PUT", "PATCH"})
+"""Those whose body the app is given. That of others is thrown away as it comes: else it would be held for as long as a
+stream lasts."""
 
 LINGER_S: Final = 2.0
 """How long a client that is still sending its body may take to read an answer that came before: closing on unread input
 would take it back."""
+
+
+class BodyTimeoutError(Exception):
+    """The request's body did not arrive whole within `server.body_timeout_s`."""
 
 
 class Exchange:
@@ -46,9 +53,22 @@ class Exchange:
     is cancelled between its return and the body's start would leave it open.
     """
 
-    def __init__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+    def __init__(
+        self,
+        scope: HTTPScope,
+        receive: ASGIReceiveCallable,
+        send: ASGISendCallable,
+        guard: Guard,
+        *,
+        body_timeout_s: float,
+    ) -> None:
+        self.head = Head.of(scope)
         self._receive = receive
         self._send = send
+        self._guard = guard
+        self._body_deadline = trio.current_time() + body_timeout_s
+        self._body_is_withheld = scope["method"] not in BODY_METHODS
+        self._request_begun = False
         self._request_over = trio.Event()
         self._answered = False
         self.status: int | None = None
@@ -56,6 +76,23 @@ class Exchange:
         self.resources = ExitStack()
 
     async def receive(self) -> ASGIReceiveEvent:
+        """What the app gets of the request. Raises BodyTimeoutError."""
+        if self._body_is_withheld and not self._request_begun:
+            self._request_begun = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        while True:
+            message = await self._next_in_time()
+            if message["type"] != "http.request" or not self._body_is_withheld:
+                return message
+
+    async def _next_in_time(self) -> ASGIReceiveEvent:
+        if self._request_over.is_set():
+            return await self._next()
+        with trio.move_on_at(self._body_deadline):
+            return await self._next()
+        raise BodyTimeoutError
+
+    async def _next(self) -> ASGIReceiveEvent:
         message = await self._receive()
         if message["type"] == "http.disconnect":
             self._request_over.set()
@@ -71,6 +108,8 @@ class Exchange:
     async def send(self, message: ASGISendEvent) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            headers = [*message["headers"]]
+            message["headers"] = [*headers, *self._guard.cors_headers(self.head, headers)]
         elif message["type"] == "http.response.body" and not message["more_body"]:
             with trio.move_on_after(LINGER_S):
                 await self._request_over.wait()
@@ -88,54 +127,21 @@ class Exchange:
             nursery.cancel_scope.cancel()
 
     async def _discard_request(self) -> None:
-        while (await self.receive())["type"] != "http.disconnect":
+        while (await self._next())["type"] != "http.disconnect":
             pass
-
-
-class Guard:
-    """Who may come in."""
-
-    def __init__(self, config: ServerConfig) -> None:
-        self._check_host = is_loopback(config.host)
-        self._allowed_hosts = config.allowed_hosts
-        self._token = None if config.auth_token is None else config.auth_token.get_secret_value()
-
-    def refusal(self, scope: HTTPScope) -> BambooError | None:
-        """Why this request goes no further, or None."""
-        hosts, origins, authorization = [], [], None
-        for name, value in scope["headers"]:
-            if name == b"host":
-                hosts.append(value.decode("latin-1"))
-            elif name == b"origin":
-                origins.append(value.decode("latin-1"))
-            elif name == b"authorization":
-                authorization = value.decode("latin-1")
-        # No Host at all is HTTP/1.0, which no browser speaks.
-        if self._check_host and not all(host_is_known(host, self._allowed_hosts) for host in hosts):
-            return ClientError(
-                ErrorCode.FORBIDDEN, "Host: this server answers to loopback names and server.allowed_hosts only"
-            )
-        if scope["method"] != "GET" and not all(
-            origin_is_own(origin, hosts[0] if hosts else None) for origin in origins
-        ):
-            return ClientError(ErrorCode.FORBIDDEN, "Origin: requests from pages of other sites are not taken")
-        if self._token is not None and scope["path"] not in OPEN_PATHS and not bearer_is(authorization, self._token):
-            return ClientError(ErrorCode.UNAUTHORIZED, "Authorization: Bearer with the server's token is needed")
-        if not scope["path"].startswith("/"):
-            return ClientError(ErrorCode.NOT_FOUND, "there is nothing here")
-        return None
 
 
 class Edge:
     """The ASGI app that hypercorn calls: checks, containment and access log around the real one."""
 
-    def __init__(self, app: ASGIFramework, config: ServerConfig) -> None:
+    def __init__(self, app: ASGIFramework, config: ServerConfig, addresses: AddressLimits) -> None:
         self._app = app
-        self._guard = Guard(config)
+        self._guard = Guard(config, addresses)
+        self._body_timeout_s = config.body_timeout_s
 
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         assert scope["type"] == "http", "upgrades are taken off before, and there is no lifespan"
-        exchange = Exchange(receive, send)
+        exchange = Exchange(scope, receive, send, self._guard, body_timeout_s=self._body_timeout_s)
         begun = trio.current_time()
         try:
             with exchange.resources:
@@ -144,15 +150,15 @@ class Edge:
             log.debug(
                 "request",
                 method=scope["method"],
-                path=scope["path"],
+                path=_path(scope),
                 status=exchange.status,
                 elapsed_ms=round((trio.current_time() - begun) * 1000),
             )
 
     async def _answer(self, scope: HTTPScope, exchange: Exchange) -> None:
-        refusal = self._guard.refusal(scope)
-        if refusal is not None:
-            await exchange.answer(error_answer(refusal))
+        answer = self._guard.answer(scope, exchange.head, trio.current_time())
+        if answer is not None:
+            await exchange.answer(answer)
             return
         inner = scope.copy()
         # Host was checked; what is left of it are ways for the router to stumble over a strange one.
@@ -161,9 +167,29 @@ class Edge:
         inner["state"] = ConnectionState({**scope["state"], EXCHANGE: exchange})
         try:
             await self._app(inner, exchange.receive, exchange.send)
+        except* BodyTimeoutError:
+            await self._fail(scope, exchange, _body_timeout_answer())
         except* Exception as group:
-            log.exception("request_failed", method=scope["method"], path=scope["path"])
-            if exchange.status is None:
-                await exchange.answer(error_answer(public_error(cast(Exception, group))))
-            else:
-                scope["state"]["connection"].abort()  # the client must not take half an answer for a whole one
+            log.exception("request_failed", method=scope["method"], path=_path(scope))
+            await self._fail(scope, exchange, error_answer(public_error(cast(Exception, group))))
+
+    async def _fail(self, scope: HTTPScope, exchange: Exchange, answer: Answer) -> None:
+        if exchange.status is None:
+            await exchange.answer(answer)
+        else:
+            scope["state"][CONNECTION].abort()  # the client must not take half an answer for a whole one
+
+
+def _body_timeout_answer() -> Answer:
+    """408 has no code of its own: who has to change something is the client, and sending the same again would not help
+    it."""
+    answer = error_answer(
+        ClientError(ErrorCode.INVALID_REQUEST, "the request's body took longer than server.body_timeout_s")
+    )
+    return Answer(408, [*answer.headers, (b"Connection", b"close")], answer.body)
+
+
+def _path(scope: HTTPScope) -> str:
+    """For the log: without the query, and without what a target that is a whole URL may have before its path."""
+    path = scope["path"]
+    return path if path.startswith("/") else "?"

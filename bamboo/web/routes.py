@@ -3,7 +3,7 @@
 A handler is cancelled when its client leaves, so nothing that must finish runs in one.
 """
 
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
 import trio
@@ -236,15 +236,8 @@ class About:
         )
 
     async def limits(self) -> Response:
-        config = self._services.config
-        limits: dict[str, Any] = {}
-        for name in ("server", "gateway", "llm", "agent", "stream", "storage"):
-            if name == "gateway" and not config.gateway.enabled:
-                continue
-            for key, value in getattr(config, name):
-                if isinstance(value, int | float) and not isinstance(value, bool) and key != "port":
-                    limits[f"{name}.{key}"] = value
-        return json_response({"limits": limits, "gateway_url": self._services.gateway_url})
+        services = self._services
+        return json_response({"limits": services.config.limits, "gateway_url": services.gateway_url})
 
     async def healthz(self) -> Response:
         return json_response({"status": "ok"})
@@ -255,7 +248,7 @@ class About:
         if not self._services.ready():
             raise BambooError(ErrorCode.STARTING, "the server is starting", retry_after_s=1)
         with trio.move_on_after(READY_TIMEOUT_S):
-            if await self._services.store.healthy():
+            if await self._services.store_probe.healthy():
                 return json_response({"status": "ready"})
         raise StoreError("the store does not take writes")
 

@@ -8,6 +8,7 @@ from bamboo.bus.event_bus import EventBus
 from bamboo.config import Config
 from bamboo.llm.base import Providers
 from bamboo.store.base import Store
+from bamboo.web.readiness import StoreProbe
 from bamboo.web.stream import OpenStreams
 
 
@@ -23,3 +24,4 @@ class Services:
     gateway_url: str | None
     ready: Callable[[], bool]
     streams: OpenStreams
+    store_probe: StoreProbe

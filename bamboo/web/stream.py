@@ -9,10 +9,10 @@ import trio
 from quart.wrappers.response import ResponseBody
 
 from bamboo.bus.subscription import Subscription
-from bamboo.core.events import Event, Gap
+from bamboo.core.events import Event, Item, Outage
 from bamboo.errors import StoreError
 from bamboo.wire import sse
-from bamboo.wire.encode import dumps, error_fields, item_json
+from bamboo.wire.encode import event_json, item_json
 
 HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -29,10 +29,9 @@ class EventStream(ResponseBody):
     """An SSE response's body. Iterating gives everything that is pending as one chunk, a comment after `keep_alive_s`
     of silence.
 
-    It ends after the subscription's last event, or, once `end_soon` was called, after what is pending. A store that
-    fails is told once, as an `error` frame without an id; the stream goes on from its place when the store is back. It
-    owns no task and no scope while it waits to be asked, and does not close the subscription: whoever opened that
-    closes it.
+    It ends after the subscription's last event, or, once `end_soon` was called, after what is pending. An outage of the
+    store is an `error` frame without an id; the stream goes on from its place when the store is back. It owns no task
+    and no scope while it waits to be asked, and does not close the subscription: whoever opened that closes it.
     """
 
     def __init__(self, subscription: Subscription, *, keep_alive_s: float) -> None:
@@ -40,8 +39,8 @@ class EventStream(ResponseBody):
         self._keep_alive_s = keep_alive_s
         self._ending = False
         self._preamble = sse.PREAMBLE
-        self._outage_told: float | None = None
-        """When the reader was last told that the store fails; None while it works."""
+        self._unread_since: float | None = None
+        """When a read from the store failed, or the last comment after it; None while reading works."""
 
     def end_soon(self) -> None:
         """End after what is pending. Idempotent."""
@@ -74,12 +73,12 @@ class EventStream(ResponseBody):
             if items is None:
                 try:
                     items = await subscription.fetch()
-                except StoreError as error:
-                    chunk = await self._outage(error)
-                    if chunk:
-                        return chunk
-                    continue
-                self._outage_told = None
+                except StoreError:
+                    items = subscription.take_nowait()  # the outage, unless that was told before
+                    if items is None and await self._rest():
+                        return sse.KEEP_ALIVE
+                else:
+                    self._unread_since = None
                 if not items:
                     continue
             if items:
@@ -93,24 +92,26 @@ class EventStream(ResponseBody):
             if silence.cancelled_caught:
                 return sse.KEEP_ALIVE
 
-    async def _outage(self, error: StoreError) -> bytes:
-        """What to tell a reader whose next events cannot be read now, possibly nothing; then it is time to try
-        again."""
-        now = trio.current_time()
-        if self._outage_told is None:
-            self._outage_told = now
-            return sse.frame(dumps({"type": "error", **error_fields(error)}))
+    async def _rest(self) -> bool:
+        """Wait before the next events, which could not be read, are asked for again. True: a comment is due
+        instead."""
         if self._ending:
             raise StopAsyncIteration
-        if now - self._outage_told >= self._keep_alive_s:
-            self._outage_told = now
-            return sse.KEEP_ALIVE
+        now = trio.current_time()
+        if self._unread_since is None:
+            self._unread_since = now
+        if now - self._unread_since >= self._keep_alive_s:
+            self._unread_since = now
+            return True
         await trio.sleep(OUTAGE_RETRY_S)
-        return b""
+        return False
 
 
-def _encode(item: Event | Gap) -> bytes:
-    return sse.event(item.cursor, item_json(item))
+def _encode(item: Item) -> bytes:
+    if isinstance(item, Event):  # nearly all are
+        return sse.event(item.cursor, event_json(item))
+    data = item_json(item)
+    return sse.frame(data) if isinstance(item, Outage) else sse.event(item.cursor, data)
 
 
 class OpenStreams:

@@ -28,6 +28,8 @@ from bamboo.core.events import (
     Event,
     EventBody,
     Gap,
+    Item,
+    Outage,
     RunQueued,
     RunStarted,
     SessionCreated,
@@ -83,6 +85,7 @@ class CloseCode(IntEnum):
 
     GOING_AWAY = 1001
     MESSAGE_TOO_BIG = 1009
+    TRY_AGAIN_LATER = 1013
     UNAUTHORIZED = 4401
     CONNECT_TIMEOUT = 4408
     TOO_MANY_ERRORS = 4429
@@ -227,9 +230,18 @@ def gap_fields(gap: Gap) -> dict[str, Any]:
     }
 
 
-def item_json(item: Event | Gap) -> bytes:
+def outage_fields(outage: Outage) -> dict[str, Any]:
+    """The `error` frame that tells of it; it has neither `seq` nor `cursor`."""
+    code, wait_s = ErrorCode.STORE_UNAVAILABLE, outage.retry_after_s
+    error = BambooError(code, outage.message, retry_after_s=wait_s, session_id=outage.session_id)
+    return {"type": "error", **error_fields(error)}
+
+
+def item_json(item: Item) -> bytes:
     """What a subscription hands out, as JSON."""
-    return event_json(item) if isinstance(item, Event) else orjson.dumps(gap_fields(item))
+    if isinstance(item, Event):
+        return event_json(item)
+    return orjson.dumps(gap_fields(item) if isinstance(item, Gap) else outage_fields(item))
 
 
 def accepted_fields(accepted: Accepted) -> dict[str, Any]:

@@ -35,6 +35,7 @@ _RefField = Annotated[str, StringConstraints(max_length=256)] | Annotated[int, F
 CLOSE_REASONS: Final[Mapping[int, str]] = {
     CloseCode.GOING_AWAY: "the server is going away",
     CloseCode.MESSAGE_TOO_BIG: "frame too big",
+    CloseCode.TRY_AGAIN_LATER: "try again later",
     CloseCode.UNAUTHORIZED: "unauthorized",
     CloseCode.CONNECT_TIMEOUT: "connect_timeout",
     CloseCode.TOO_MANY_ERRORS: "too_many_errors",
@@ -184,7 +185,7 @@ def connected_frame(
     session_id: SessionId,
     cursor: Cursor | None,
     heartbeat_interval_s: float,
-    limits: Mapping[str, int],
+    limits: Mapping[str, int | float],
     ref: Ref | None,
 ) -> bytes:
     return _frame(

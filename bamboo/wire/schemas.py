@@ -46,10 +46,30 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Key = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
+MAX_JSON_VALUES: Final = 10_000
+"""Lists, objects and what is in them, all told, in one object of a client's that is kept: each is looked at here, and
+again whenever the object is read or sent."""
+
+
 def _encodable(value: dict[str, Any]) -> dict[str, Any]:
+    if _has_too_many(value):
+        raise PydanticCustomError("too_many", f"Input should not have more than {MAX_JSON_VALUES} values")
     if is_too_deep(value):
         raise PydanticCustomError("too_deep", f"Input should not be nested deeper than {MAX_JSON_DEPTH} levels")
     return value
+
+
+def _has_too_many(value: dict[str, Any]) -> bool:
+    values = 0
+    containers: list[dict[Any, Any] | list[Any]] = [value]
+    while containers:
+        container = containers.pop()
+        values += len(container)
+        if values > MAX_JSON_VALUES:
+            return True
+        children = container.values() if isinstance(container, dict) else container
+        containers += [child for child in children if isinstance(child, dict | list)]
+    return False
 
 
 AnyObject = Annotated[dict[str, Any], AfterValidator(_encodable)]

@@ -351,6 +351,7 @@ async def test_a_store_that_fails_is_told_once_and_the_stream_goes_on_when_it_is
                 "message": "the disk is gone",
                 "retryable": True,
                 "retry_after_ms": 1000,
+                "session_id": "s1",
             }
             store.failing = False
             assert await reader.rest() == whole

@@ -1,89 +1,27 @@
-"""The sharp edges of hypercorn and quart-trio, and what we lean on in them: each test fails if an upgrade changes its
-subject."""
+"""The HTTP server's connections: finished, stalled, too many, and all of them when it closes."""
 
 import errno
 import os
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.metadata import version
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import pytest
 import trio
 import trio.testing
-from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, Scope
-from quart import Response, request
-from quart_trio import QuartTrio
+from quart import Response
 
 from bamboo.config import ServerConfig, StreamConfig
 from bamboo.errors import StartError
-from bamboo.web.app import Web, create_app, open_http, open_web
-from bamboo.web.services import Services
-from bamboo.web.serving import CONNECTION, ConnectionStream, HttpServer, open_listeners
-from bamboo.web.stream import OpenStreams
-from tests.support.http_client import Cut, HttpConnection, ask, connect, request_bytes
+from bamboo.web.app import open_web
+from bamboo.web.connections import PlainStream
+from bamboo.web.serving import HttpServer, open_listeners
+from bamboo.wire.addresses import AddressLimits
+from tests.support.http_client import Cut, ask, connect, request_bytes
 from tests.support.web import open_web_world, web_config
+from tests.support.web_apps import connect_later, fill, flood, open_app, read_all, read_body, served
 
 SESSION = "/api/v1/stream/s1"
-
-
-@asynccontextmanager
-async def open_app(
-    config: ServerConfig | None = None, **views: Callable[[], Awaitable[Response]]
-) -> AsyncIterator[tuple[Web, QuartTrio, trio.Nursery]]:
-    """The production app with further views at `/test/<name>`."""
-    settings = web_config(config)
-    async with open_web_world(settings) as world, trio.open_nursery() as nursery:
-        streams = OpenStreams()
-        inner = world.world
-        services = Services(
-            settings,
-            inner.agents,
-            inner.bus,
-            inner.store,
-            inner.agents._around.providers,
-            None,
-            lambda: True,
-            streams,
-        )
-        app = create_app(services)
-        for name, view in views.items():
-            app.add_url_rule(f"/test/{name}", name, view, methods=["GET", "POST"])
-        async with open_http(app, settings, nursery, on_closing=streams.end_all) as web:
-            yield web, app, nursery
-
-
-async def flood() -> Response:
-    """An endless answer."""
-
-    async def pieces() -> AsyncIterator[bytes]:
-        while True:
-            yield b"x" * 65536
-
-    response = Response(pieces())
-    response.timeout = None
-    return response
-
-
-async def fill(connection: trio.SocketStream) -> None:
-    """Ask for the flood and read none of it but its first bytes: from then on the server's write is stuck, or soon will
-    be."""
-    await connection.send_all(request_bytes("GET", "/test/flood"))
-    await connection.receive_some(1)
-
-
-async def read_all(connection: trio.SocketStream) -> None:
-    while await connection.receive_some(65536):
-        pass
-
-
-async def read_body(connection: HttpConnection) -> bytes:
-    body = b""
-    while piece := await connection.read_piece():
-        body += piece
-    return body
-
 
 # Finished connections are closed.
 
@@ -114,16 +52,11 @@ async def test_a_client_that_keeps_no_connection_alive_sees_the_end_of_a_stream(
             assert await connection.wait_closed() == b""
 
 
-async def test_an_idle_connection_is_closed_whether_it_was_used_or_not() -> None:
+async def test_an_idle_connection_is_closed() -> None:
     config = web_config(ServerConfig(port=0, keep_alive_s=0.05))
     async with open_web_world(config) as web:
         async with web.connect() as connection:
             assert (await connection.request("GET", "/healthz")).status == 200
-            assert await connection.wait_closed() == b""
-        async with web.connect() as connection:
-            assert await connection.wait_closed() == b""
-        async with web.connect() as connection:
-            await connection.send(b"GET /healthz HTTP/1.1\r\nHost:")  # a head that is never finished
             assert await connection.wait_closed() == b""
         accepted = await web.finished_run("one")
         async with web.connect() as connection:
@@ -143,16 +76,6 @@ async def test_a_connection_is_kept_alive_over_many_requests_and_streams() -> No
                 assert (await connection.request("GET", "/nothing")).status == 404
                 assert (await connection.request("POST", "/healthz", headers={"Origin": "http://x"})).status == 403
         assert web.web.server.connections <= 1
-
-
-async def served(url: str) -> None:
-    """Return when the server has room for one more connection."""
-    while True:
-        try:
-            if (await ask(url, "GET", "/healthz")).status == 200:
-                return
-        except (trio.BrokenResourceError, Cut):
-            continue
 
 
 @pytest.mark.parametrize("requests", [0, 1, 2])
@@ -190,23 +113,6 @@ async def test_a_stalled_reader_does_not_keep_the_server_from_stopping() -> None
                 await fill(connection)
 
 
-@asynccontextmanager
-async def connect_later() -> AsyncIterator[Callable[[str], Awaitable[trio.SocketStream]]]:
-    """Connections that outlive the server."""
-    streams = []
-
-    async def open_one(url: str) -> trio.SocketStream:
-        host, _, port = url.removeprefix("http://").partition(":")
-        streams.append(await trio.open_tcp_stream(host, int(port)))
-        return streams[-1]
-
-    try:
-        yield open_one
-    finally:
-        for stream in streams:
-            stream.socket.close()
-
-
 async def test_a_server_that_is_cancelled_waits_for_no_reader() -> None:
     async with connect_later() as later:
         with trio.fail_after(2):
@@ -230,7 +136,7 @@ async def test_a_write_may_take_for_ever_as_long_as_the_reader_takes_something_i
     mock_clock: trio.testing.MockClock,
 ) -> None:
     ours, theirs = trio.socket.socketpair()
-    stream, reader = ConnectionStream(trio.SocketStream(ours), 30), trio.SocketStream(theirs)
+    stream, reader = PlainStream(trio.SocketStream(ours), 30), trio.SocketStream(theirs)
     size, received, pauses = 4 * 1024 * 1024, 0, 0
     async with stream, reader, trio.open_nursery() as nursery:
         nursery.start_soon(stream.send_all, b"x" * size)
@@ -245,7 +151,7 @@ async def test_a_write_may_take_for_ever_as_long_as_the_reader_takes_something_i
 
 async def test_a_write_that_makes_no_progress_aborts_its_connection(mock_clock: trio.testing.MockClock) -> None:
     ours, theirs = trio.socket.socketpair()
-    stream, reader = ConnectionStream(trio.SocketStream(ours), 30), trio.SocketStream(theirs)
+    stream, reader = PlainStream(trio.SocketStream(ours), 30), trio.SocketStream(theirs)
     async with stream, reader, trio.open_nursery() as nursery:
 
         async def write() -> None:
@@ -274,88 +180,6 @@ def drained(sock: trio.socket.SocketType) -> int:
             taken += len(os.read(sock.fileno(), 1 << 20))
         except BlockingIOError:
             return taken
-
-
-# Streams longer than Quart's timeout.
-
-
-async def test_a_stream_is_not_cut_where_another_answer_is() -> None:
-    async def slow() -> Response:
-        async def pieces() -> AsyncIterator[bytes]:
-            yield b"begun"
-            await trio.sleep_forever()
-
-        return Response(pieces())
-
-    async with open_app(slow=slow) as (web, app, _):
-        app.config["RESPONSE_TIMEOUT"] = 0.05
-        async with connect(web.url) as connection, connect(web.url) as other:
-            accepted = (await connection.request("POST", "/api/v1/chat", json={"message": "hi"})).json()
-            reader = await connection.open_sse("GET", accepted["stream_url"])
-            await reader.take(1)
-            await other.send(request_bytes("GET", "/test/slow"))
-            await other.read_head()
-            with pytest.raises(Cut):
-                await read_body(other)
-            await ask(web.url, "POST", f"/api/v1/stop/{accepted['session_id']}")
-            assert (await reader.rest())[-1].data["type"] == "agent_stopped"
-
-
-# HTTP/1 only.
-
-
-async def test_an_upgrade_to_cleartext_http2_is_not_taken() -> None:
-    headers = {
-        "Connection": "Upgrade, HTTP2-Settings",
-        "Upgrade": "h2c",
-        "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA",
-    }
-    async with open_web_world() as web, web.connect() as connection:
-        for _ in range(2):
-            answer = await connection.request("GET", "/healthz", headers=headers)
-            assert (answer.status, answer.json()) == (200, {"status": "ok"})
-
-
-async def test_an_upgrade_to_websocket_is_not_taken() -> None:
-    headers = {
-        "Connection": "Upgrade",
-        "Upgrade": "websocket",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    }
-    async with open_web_world() as web:
-        assert (await web.ask("GET", "/", headers=headers)).error["code"] == "not_found"
-        assert (await web.ask("GET", "/healthz", headers=headers)).status == 200
-
-
-async def test_an_http2_preface_is_not_taken() -> None:
-    async with open_web_world() as web, web.connect() as connection:
-        settings_frame = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-        await connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings_frame)
-        answer = await connection.wait_closed()
-        assert re.match(rb"HTTP/1\.1 505 ", answer), answer
-
-
-@pytest.mark.parametrize("http_version", ["2.0", "0.9", "1.2", "3.0"])
-async def test_other_versions_of_http_are_not_taken(http_version: str) -> None:
-    async with open_web_world() as web, web.connect() as connection:
-        await connection.send(request_bytes("GET", "/healthz", version=http_version))
-        assert (await connection.wait_closed()).startswith(b"HTTP/1.1 505 ")
-
-
-async def test_bytes_that_are_not_http_get_400_and_the_end() -> None:
-    async with open_web_world() as web:
-        for garbage in (
-            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20,
-            b"GET /\r\n\r\n",
-            b"\r\n" * 9000,
-            b"A" * 70000,
-        ):
-            async with web.connect() as connection:
-                await connection.send(garbage)
-                answer = await connection.wait_closed()
-                assert re.match(rb"HTTP/1\.1 4\d\d ", answer), (garbage[:20], answer)
-        assert (await web.ask("GET", "/healthz")).status == 200
 
 
 # The accept loop.
@@ -413,7 +237,7 @@ async def test_running_out_of_file_descriptors_is_waited_out() -> None:
     config = ServerConfig(port=0)
     (listener,) = await open_listeners(config)
     exhausted = ExhaustedListener(listener, [errno.EMFILE, errno.ENFILE])
-    server = HttpServer(app_hello, [exhausted], config, on_closing=lambda: None)
+    server = HttpServer(app_hello, [exhausted], config, addresses=AddressLimits.of(config), on_closing=lambda: None)
     async with trio.open_nursery() as nursery:
         await nursery.start(server.run)
         port = listener.socket.getsockname()[1]
@@ -426,7 +250,8 @@ async def test_a_listener_that_fails_ends_the_server() -> None:
     config = ServerConfig(port=0)
     (listener,) = await open_listeners(config)
     async with listener:
-        server = HttpServer(app_hello, [ExhaustedListener(listener, [errno.ENOTSOCK])], config, on_closing=lambda: None)
+        failing = ExhaustedListener(listener, [errno.ENOTSOCK])
+        server = HttpServer(app_hello, [failing], config, addresses=AddressLimits.of(config), on_closing=lambda: None)
         with pytest.raises(ExceptionGroup) as caught:
             await server.run()
         assert caught.group_contains(OSError)
@@ -444,6 +269,7 @@ async def test_a_port_that_is_taken_is_told_in_one_line() -> None:
                 bus=inner.bus,
                 store=inner.store,
                 providers=inner.agents._around.providers,
+                addresses=AddressLimits.of(config.server),
                 gateway_url=None,
                 ready=lambda: True,
             ):
@@ -525,81 +351,3 @@ async def test_a_bug_in_the_middle_of_an_answer_cuts_the_connection_and_nothing_
             with pytest.raises(Cut):
                 await other.read_answer()
         assert (await ask(web.url, "GET", "/healthz")).status == 200
-
-
-# Bodies that come in odd ways.
-
-
-async def test_an_answer_that_comes_before_the_body_is_read_by_a_client_that_still_sends() -> None:
-    async with open_web_world(web_config(ServerConfig(port=0, max_body_bytes=1024))) as web:
-        for headers, code in (
-            ({"Content-Type": "application/json"}, "too_large"),
-            ({"Content-Type": "text/plain"}, "unsupported_media_type"),
-            ({"Origin": "http://elsewhere.example"}, "forbidden"),
-        ):
-            async with web.connect() as connection:
-                size = 4 * 1024 * 1024
-                head = request_bytes("POST", "/api/v1/chat", headers={**headers, "Content-Length": str(size)})
-                await connection.send(head)
-                await connection.send(b"x" * size)
-                assert (await connection.read_answer("POST")).error["code"] == code
-                assert (await connection.request("GET", "/healthz")).status == 200
-
-
-async def test_a_request_means_the_same_however_it_is_split() -> None:
-    body = b'{"message": "h\xc3\xa9llo", "session_id": "split"}'
-    headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-    whole = request_bytes("POST", "/api/v1/chat", headers=headers, body=body)
-    async with open_web_world() as web:
-        for step in (1, 7, 64):
-            async with web.connect() as connection:
-                await connection.send(whole, step=step)
-                head = await connection.read_head("POST")
-                assert head.status == 200
-                call = await web.next_call()
-                call.end()
-                assert "héllo" in (await read_body(connection)).decode()
-
-
-async def test_requests_that_come_in_one_packet_are_answered_in_their_order() -> None:
-    async with open_web_world() as web, web.connect() as connection:
-        json = {"Content-Type": "application/json"}
-        chat = request_bytes("POST", "/api/v1/chat", headers=json, body=b'{"message":"x"}')
-        await connection.send(request_bytes("GET", "/healthz") + chat + request_bytes("GET", "/nothing"))
-        assert (await connection.read_answer()).status == 200
-        assert (await connection.read_answer("POST")).status == 201
-        assert (await connection.read_answer()).status == 404
-
-
-async def test_a_client_may_ask_to_be_told_before_it_sends_its_body() -> None:
-    async with open_web_world() as web, web.connect() as connection:
-        headers = {"Content-Type": "application/json", "Expect": "100-continue", "Content-Length": "15"}
-        await connection.send(request_bytes("POST", "/api/v1/chat", headers=headers))
-        assert (await connection.stream.receive_some(100)).startswith(b"HTTP/1.1 100 ")
-        await connection.send(b'{"message":"x"}')
-        assert (await connection.read_answer("POST")).status == 201
-
-
-# What we lean on in hypercorn.
-
-
-def test_hypercorn_is_the_version_that_the_server_was_built_on() -> None:
-    assert version("hypercorn").startswith("0.18."), "read serving.py beside the new release, then change this"
-    assert "_read_data" in vars(TCPServer)
-
-
-async def test_a_handler_can_write_past_hypercorn_to_its_own_connection() -> None:
-    async def seam() -> Response:
-        stream = request.scope["state"][CONNECTION]
-        assert isinstance(stream, ConnectionStream)
-
-        async def pieces() -> AsyncIterator[bytes]:
-            yield b"through, "  # the head is out with this
-            await stream.send_all(b"6\r\npast, \r\n")
-            yield b"through"
-
-        return Response(pieces())
-
-    async with open_app(seam=seam) as (web, _, _), connect(web.url) as connection:
-        for _ in range(2):
-            assert (await connection.request("GET", "/test/seam")).body == b"through, past, through"

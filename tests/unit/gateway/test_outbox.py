@@ -9,12 +9,12 @@ from trio.testing import MockClock
 
 from bamboo.bus.event_bus import EventBus
 from bamboo.bus.log_reader import LogExtent, LogPage
-from bamboo.bus.subscription import Subscription
+from bamboo.bus.subscription import READ_TIMEOUT_S, Subscription
 from bamboo.bus.topic import Window
 from bamboo.core.events import AgentToken, Event, SessionClosed
 from bamboo.core.types import Epoch, EpochStart, RunId, SessionId
 from bamboo.errors import StoreError
-from bamboo.gateway.outbox import ANSWERS_BYTES, BATCH_BYTES, FETCH_TIMEOUT_S, Outbox
+from bamboo.gateway.outbox import ANSWERS_BYTES, BATCH_BYTES, Outbox
 
 A, B = SessionId("a"), SessionId("b")
 EPOCH = Epoch("e")
@@ -275,8 +275,65 @@ async def test_a_store_that_does_not_answer_counts_as_failing(autojump_clock: Mo
     began = trio.current_time()
     await desk.outbox.fetch()
 
-    assert trio.current_time() - began == FETCH_TIMEOUT_S
+    assert trio.current_time() - began == READ_TIMEOUT_S
     assert desk.gather() == ["store_unavailable"]
+
+
+async def test_an_outage_of_a_sessions_writer_is_told_once_between_its_events_and_no_other_session_waits() -> None:
+    desk = Desk()
+    desk.follow(A)
+    desk.follow(B)
+    desk.publish(A)
+    assert desk.gather() == ["a1"]
+    desk.windows[A].begin_outage(StoreError("disk full"))
+    desk.publish(A)
+    desk.publish(B)
+    frames = [orjson.loads(payload) for payload in desk.outbox.gather(0)]
+    assert [said(frame) for frame in frames] == ["store_unavailable", "a2", "b1"]
+    assert frames[0]["session_id"] == A
+    assert not {"seq", "cursor"} & set(frames[0])
+    assert desk.gather() == []
+    desk.windows[A].end_outage()
+    desk.windows[A].begin_outage(StoreError("disk full"))
+    assert desk.gather() == ["store_unavailable"]
+
+
+async def test_a_failed_read_in_an_outage_that_was_told_is_not_told(autojump_clock: MockClock) -> None:
+    assert autojump_clock.autojump_threshold == 0
+    desk = Desk()
+    desk.windows[A].close()
+    desk.log.events[A] = [token(A, 1)]
+    window = desk.bus.open_window(A, EPOCH, 1, first_seq=1)
+    desk.follow(A)
+    window.begin_outage(StoreError("disk full"))
+    assert desk.gather() == ["store_unavailable"]
+    desk.log.failures = [StoreError("unreadable")] * 3
+    told: list[str] = []
+    while not told:
+        now = trio.current_time()
+        told = desk.gather(now)
+        if desk.outbox.lagging:
+            await desk.outbox.fetch()
+        elif not told:
+            await trio.sleep_until(desk.outbox.retry_at)
+    assert told == ["a1"]
+    assert desk.log.failures == []
+
+
+async def test_what_a_window_has_does_not_wait_for_the_next_try_of_the_store(autojump_clock: MockClock) -> None:
+    assert autojump_clock.autojump_threshold == 0
+    desk = Desk()
+    desk.windows[A].close()
+    desk.log.events[A] = [token(A, 1)]
+    desk.log.failures = [StoreError("unreadable")]
+    desk.follow(A)
+    assert desk.gather() == []
+    await desk.outbox.fetch()
+    assert desk.gather() == ["store_unavailable"]
+    desk.windows[A] = desk.bus.open_window(A, EPOCH, 0, first_seq=1)
+    desk.publish(A)
+    assert desk.gather() == ["a1"]
+    assert trio.current_time() == 0
 
 
 async def test_with_too_many_answers_waiting_there_is_no_room_until_they_are_written() -> None:

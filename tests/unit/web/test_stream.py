@@ -166,6 +166,61 @@ async def test_an_outage_is_told_once_then_kept_alive_and_nothing_is_lost(autoju
             await anext(stream)
 
 
+async def test_an_outage_of_the_sessions_writer_is_a_frame_without_an_id_and_the_stream_goes_on() -> None:
+    bus, window, publish = live("a")
+    with bus.subscribe(SESSION, run_id=RUN) as subscription, trio.fail_after(5):
+        stream = EventStream(subscription, keep_alive_s=15)
+        await anext(stream)
+        async with trio.open_nursery() as nursery:
+
+            async def fail() -> None:
+                await trio.testing.wait_all_tasks_blocked()
+                window.begin_outage(StoreError("the disk is full"))
+
+            nursery.start_soon(fail)
+            chunk = await anext(stream)
+        assert chunk == (
+            b'data: {"type":"error","code":"store_unavailable","message":"the disk is full","retryable":true,'
+            b'"retry_after_ms":1000,"session_id":"s1"}\n\n'
+        )
+        window.end_outage()
+        publish(END)
+        assert (await anext(stream)).startswith(b"id: e.2\ndata: {")
+
+
+async def test_an_outage_that_the_writer_told_of_is_not_told_again_by_a_read_that_fails(
+    autojump_clock: MockClock,
+) -> None:
+    assert autojump_clock.autojump_threshold == 0
+    log = Log(event(1, AgentToken("a")), event(2, END))
+    log.fails = True
+    bus = EventBus(log, window_bytes=1024)
+    window = bus.open_window(SESSION, EPOCH, 2, first_seq=1)
+    with bus.subscribe(SESSION, run_id=RUN) as subscription:
+        window.begin_outage(StoreError("the disk is full"))
+        stream = EventStream(subscription, keep_alive_s=15)
+        assert b"the disk is full" in await anext(stream)
+        began = trio.current_time()
+        for _ in range(3):
+            assert await anext(stream) == sse.KEEP_ALIVE
+        assert 45 <= trio.current_time() - began <= 50
+        log.fails = False
+        assert (await anext(stream)).count(b"id: ") == 2
+
+
+async def test_a_stream_that_cannot_read_still_ends_soon(autojump_clock: MockClock) -> None:
+    assert autojump_clock.autojump_threshold == 0
+    log = Log(event(1, AgentToken("a")))
+    log.fails = True
+    with EventBus(log, window_bytes=1024).subscribe(SESSION) as subscription:
+        stream = EventStream(subscription, keep_alive_s=15)
+        assert b"the disk is gone" in await anext(stream)
+        stream.end_soon()
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert trio.current_time() == 0
+
+
 async def test_a_chunk_that_is_cancelled_is_not_lost() -> None:
     bus, _, publish = live()
     with bus.subscribe(SESSION) as subscription:

@@ -23,6 +23,7 @@ from bamboo.core.events import (
     Event,
     EventBody,
     Gap,
+    Outage,
     RunQueued,
     RunStarted,
     SessionClosed,
@@ -265,6 +266,19 @@ def test_gap_names_what_is_missing_and_where_it_goes_on() -> None:
     }
 
 
+@pytest.mark.parametrize("retry_after_s", [1.5, None])
+def test_outage_is_an_error_frame_that_names_its_session_and_no_place(retry_after_s: float | None) -> None:
+    told = json.loads(item_json(Outage(SessionId("ses_1"), "the disk is full", retry_after_s)))
+    expected = {
+        "type": "error",
+        "code": "store_unavailable",
+        "message": "the disk is full",
+        "retryable": True,
+        "session_id": "ses_1",
+    }
+    assert told == expected | ({} if retry_after_s is None else {"retry_after_ms": 1500})
+
+
 def test_acceptance_has_the_fields_of_its_row() -> None:
     accepted = Accepted(SessionId("ses_1"), RunId("run_1"), MESSAGE, RunStatus.QUEUED, "queued", Cursor(Epoch("ep"), 0))
     assert json.loads(dumps(accepted_fields(accepted))) == {
@@ -394,6 +408,7 @@ def test_close_codes_are_those_of_the_table() -> None:
     assert codes == {
         "GOING_AWAY": 1001,
         "MESSAGE_TOO_BIG": 1009,
+        "TRY_AGAIN_LATER": 1013,
         "UNAUTHORIZED": 4401,
         "CONNECT_TIMEOUT": 4408,
         "TOO_MANY_ERRORS": 4429,
