@@ -20,20 +20,28 @@ from typing import Final
 import structlog
 import trio
 
+from bamboo import __version__, systemd
+from bamboo.agent.expiry import expire_sessions
 from bamboo.agent.registry import Agents, open_agents
 from bamboo.bus.event_bus import EventBus
 from bamboo.config import Config
+from bamboo.errors import StoreError
 from bamboo.gateway.listener import Gateway, open_gateway
 from bamboo.llm.base import Providers
 from bamboo.llm.providers import open_providers
+from bamboo.open_files import raise_open_files
 from bamboo.store import wall_clock_ms
 from bamboo.store.base import Store
 from bamboo.store.retention import retain
 from bamboo.store.sqlite import open_sqlite_store
 from bamboo.tools.toolbox import EmptyToolbox, Toolbox
 from bamboo.web.app import Web, open_web
+from bamboo.wire.addresses import AddressLimits
 
 log = structlog.get_logger("bamboo.server")
+
+CLOSE_S: Final = 30.0
+"""More than closing everything takes after the drain: what systemd is asked for."""
 
 SWITCH_INTERVAL_S: Final = 0.001
 """How long a busy loop may keep the store's thread from running. At Python's 5 ms, a saturated loop lets a commit wait
@@ -79,26 +87,49 @@ async def open_server(
     *,
     toolbox: Callable[[], Toolbox] = EmptyToolbox,
     environ: Mapping[str, str] = os.environ,
+    stopping: trio.Event | None = None,
 ) -> AsyncIterator[Server]:
-    """Start every component, in order; leaving the block stops them in the reverse order and marks the stop as clean.
+    """Start every component, in order; leaving the block stops them in the reverse order and marks the stop as clean,
+    if nothing had to be left behind.
 
-    `toolbox` gives the tools that a run pins when it starts. Raises StartError, alone or in a group, if a component
-    cannot start; those before it are stopped again. An exception in any component's task cancels the block and comes
-    out of it.
+    `toolbox` gives the tools that a run pins when it starts. `stopping`, set while this starts, keeps it from taking up
+    the runs that an earlier process left: they stay for the next start. Raises StartError, alone or in a group, if a
+    component cannot start; those before it are stopped again. An exception in any component's task cancels the block
+    and comes out of it.
     """
     async with open_sqlite_store(config.storage) as store, open_providers(config.llm, environ) as providers:
         bus = EventBus(store, window_bytes=config.stream.window_bytes)
         async with (
             open_agents(
-                config, store=store, bus=bus, providers=providers, toolbox=toolbox, now_ms=wall_clock_ms
+                config,
+                store=store,
+                bus=bus,
+                providers=providers,
+                toolbox=toolbox,
+                now_ms=wall_clock_ms,
+                draining=stopping is not None and stopping.is_set(),
             ) as agents,
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(retain, store, config.storage)
+            nursery.start_soon(expire_sessions, agents, store, config.storage, wall_clock_ms)
             async with _open_edge(config, nursery, agents, bus, store, providers) as (gateway, web):
                 yield Server(config, store, bus, providers, agents, gateway, web)
             nursery.cancel_scope.cancel()
-        await store.mark_clean()
+        await _mark_clean(store, config.storage.commit_timeout_s, settled=agents.settled)
+
+
+async def _mark_clean(store: Store, timeout_s: float, *, settled: bool) -> None:
+    """Without the mark the next start is one after a crash, and readers are told what they had seen and is not there:
+    so it must not be written where that may be so, and a store that fails has to do without."""
+    if settled:
+        try:
+            with trio.fail_after(timeout_s):
+                await store.mark_clean()
+        except (StoreError, trio.TooSlowError) as error:
+            log.warning("stopped_unclean", error=str(error) or "the store did not answer in time")
+    else:
+        log.warning("stopped_unclean", error="not all that readers were shown is stored")
 
 
 @asynccontextmanager
@@ -106,11 +137,13 @@ async def _open_edge(
     config: Config, nursery: trio.Nursery, agents: Agents, bus: EventBus, store: Store, providers: Providers
 ) -> AsyncIterator[tuple[Gateway | None, Web]]:
     """The two listeners. Their tasks are `nursery`'s."""
+    addresses = AddressLimits.of(config.server)
     port: list[int] = []
+    scheme = "http" if config.server.certfile is None else "https"
 
     def page_origins() -> list[str]:
         """Of the page that the HTTP server shows; it listens only after the gateway does."""
-        return [f"http://{host}:{number}" for number in port for host in ("127.0.0.1", "localhost")]
+        return [f"{scheme}://{host}:{number}" for number in port for host in ("127.0.0.1", "localhost")]
 
     def ready() -> bool:
         return bool(port) and not agents.draining
@@ -120,7 +153,9 @@ async def _open_edge(
         yield None
 
     gateway_or_none = (
-        open_gateway(config, nursery, agents=agents, bus=bus, store=store, page_origins=page_origins)
+        open_gateway(
+            config, nursery, agents=agents, bus=bus, store=store, page_origins=page_origins, addresses=addresses
+        )
         if config.gateway.enabled
         else no_gateway()
     )
@@ -133,6 +168,7 @@ async def _open_edge(
             bus=bus,
             store=store,
             providers=providers,
+            addresses=addresses,
             gateway_url=gateway_url,
             ready=ready,
         ) as web:
@@ -146,14 +182,19 @@ async def serve(config: Config, *, task_status: trio.TaskStatus[Server] = trio.T
     Raises StartError, alone or in a group, if the server cannot start, and whatever a component's task raises.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    raise_open_files(config)
     stopping = trio.Event()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_obey, signals, stopping)
-            async with open_server(config) as server:
+            log.debug("starting", version=__version__)
+            async with open_server(config, stopping=stopping) as server:
                 _log_start(server)
+                systemd.notify(os.environ, systemd.READY)
                 task_status.started(server)
                 await stopping.wait()
+                patience_s = config.server.drain_s + CLOSE_S
+                systemd.notify(os.environ, systemd.STOPPING, systemd.extend_timeout(patience_s))
                 await server.drain()
             nursery.cancel_scope.cancel()
     log.info("stopped")
