@@ -187,7 +187,7 @@ def measure(server: RunningServer, transport: Transport, load: Load) -> Measurem
         seen, reason = _outcome(client, deadline, b"go\n")
         if client.returncode != 0:
             raise BenchmarkError(f"{transport} client, {load}: {reason}")
-    _settle(server.pid)
+    settle(server.pid)
     after = tree_cpu(server.pid)
     return Measurement(connected - before, after - connected, tree_rss_bytes(server.pid), orjson.loads(seen))
 
@@ -201,7 +201,7 @@ def _outcome(client: subprocess.Popen[bytes], deadline_s: float, say: bytes | No
     return output, errors.decode(errors="replace").strip()[-2000:]
 
 
-def _settle(pid: int) -> None:
+def settle(pid: int) -> None:
     """Wait until the server has nothing to do any more, so that what it does behind the stream counts too."""
     deadline = time.monotonic() + SETTLE_S
     before_s = tree_cpu(pid).total_s
