@@ -10,7 +10,7 @@ import trio.testing
 from structlog.testing import capture_logs
 
 from bamboo.config import AgentConfig
-from bamboo.core.events import AgentToken, Event, Gap
+from bamboo.core.events import AgentToken, Event, Gap, Item, Outage
 from bamboo.core.types import (
     Accepted,
     Cursor,
@@ -80,7 +80,7 @@ async def check_log(store: MemoryStore, accepted: Sequence[Accepted]) -> None:
     assert ("assistant", "assistant") not in set(pairwise(roles))
 
 
-async def read_on(world: World, after: Cursor, seen: list[Event | Gap]) -> None:
+async def read_on(world: World, after: Cursor, seen: list[Item]) -> None:
     with world.bus.subscribe(S) as subscription:
         await subscription.begin(after)
         while not any(is_terminal(item) for item in seen):
@@ -121,7 +121,7 @@ def test_a_server_that_is_cancelled_anywhere_loses_nothing_that_it_accepted() ->
     async def scenario(cut: Cut) -> Check:
         store = MemoryStore(wall_clock_ms)
         accepted: list[Accepted] = []
-        seen: list[Event | Gap] = []
+        seen: list[Item] = []
         with cut:
             async with open_world(store, model=Talker()) as world, trio.open_nursery() as nursery:
                 accepted.append(await world.agents.chat(chat("one", "s")))
@@ -130,27 +130,28 @@ def test_a_server_that_is_cancelled_anywhere_loses_nothing_that_it_accepted() ->
                 accepted.append(await world.agents.chat(chat("three", "s", on_busy="interrupt")))
                 await world.agents.stop(S, accepted[1].run_id)
         store.crash()
-        resumed: list[Event | Gap] = []
+        resumed: list[Item] = []
         async with open_world(store, model=Talker()) as world:
             await all_ended(store)
             if accepted:
-                last = seen[-1] if seen else None
-                await read_on(world, last.cursor if last is not None else accepted[0].cursor, resumed_or(seen, resumed))
+                places = [item.cursor for item in seen if not isinstance(item, Outage)]
+                await read_on(world, places[-1] if places else accepted[0].cursor, resumed_or(seen, resumed))
         await check_log(store, accepted)
         return lambda: check_reader(seen, resumed)
 
     assert sweep(scenario, seeds=SEEDS).cancelled > 100
 
 
-def resumed_or(seen: list[Event | Gap], resumed: list[Event | Gap]) -> list[Event | Gap]:
+def resumed_or(seen: list[Item], resumed: list[Item]) -> list[Item]:
     """Where the reader goes on; one that has seen a run's end needs nothing more."""
     return seen if any(is_terminal(item) for item in seen) else resumed
 
 
-def check_reader(seen: list[Event | Gap], resumed: list[Event | Gap]) -> None:
+def check_reader(seen: list[Item], resumed: list[Item]) -> None:
     """What it had and what it then got are one sequence, but for what a gap names."""
     expected = None
     for item in [*seen, *resumed]:
+        assert not isinstance(item, Outage), "the store never fails here"
         if isinstance(item, Gap):
             assert item.reason == "crash"
             assert item.to_seq is not None

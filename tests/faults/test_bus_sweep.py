@@ -14,6 +14,19 @@ import trio
 from bamboo.bus.event_bus import EventBus
 from bamboo.bus.subscription import Subscription
 from bamboo.core.types import Cursor, Epoch, RunId
+from tests.support.bus_lives import (
+    Write,
+    deleted,
+    evicted,
+    failing,
+    failing_to_read_too,
+    gave_up,
+    gave_up_in_an_outage,
+    live,
+    often_durable,
+    stored_late,
+    two_runs,
+)
 from tests.support.bus_mutants import MUTANTS, UNCHANGED
 from tests.support.bus_world import (
     OTHER,
@@ -36,7 +49,6 @@ from tests.support.sweep import Check, Cut, Scenario, SweepFailed, sweep
 
 START: Final = Cursor(Epoch("e1"), 0)
 RUN: Final = RunId("run")
-OTHER_RUN: Final = RunId("other run")
 
 # How a reader that is cancelled goes on.
 
@@ -64,88 +76,6 @@ async def retrying(cut: Cut, reader: Reader, bus: EventBus, after: Cursor | None
         await reader.read(subscription)
 
 
-# What a session's writer does meanwhile. Its session is stored already, with `run_started` as its first event.
-
-Write = Callable[[Writer], Awaitable[None]]
-
-
-async def live(writer: Writer) -> None:
-    """Deltas, a commit, the end: one session's ordinary life."""
-    writer.publish(token("one"), token("two"))
-    await trio.lowlevel.checkpoint()
-    writer.publish(token("three"))
-    await writer.commit(complete())
-    await writer.may_leave.wait()
-    await writer.evict()
-
-
-async def often_durable(writer: Writer) -> None:
-    """With a tiny window, everybody who does not hurry falls behind it again and again."""
-    for text in ("one", "two"):
-        writer.publish(token(text), token(text))
-        await writer.flush()
-    await writer.commit(complete())
-    await writer.may_leave.wait()
-    await writer.evict()
-
-
-async def evicted(writer: Writer) -> None:
-    """The window goes and comes back in mid-stream, once with nothing new in between."""
-    writer.publish(token("one"))
-    await writer.evict()
-    await writer.open()
-    await writer.evict()
-    await trio.lowlevel.checkpoint()
-    await writer.open()
-    writer.publish(token("two"))
-    await writer.commit(complete())
-    await writer.evict()
-
-
-async def gave_up(writer: Writer) -> None:
-    """A writer loses what it has published; the next one goes on from the durable head, in a new epoch."""
-    writer.publish(token("kept"))
-    await writer.flush()
-    writer.publish(token("lost"), token("lost, too"))
-    await trio.lowlevel.checkpoint()
-    writer.give_up()
-    await writer.open(new_epoch=True)
-    writer.publish(token("after"), token("wards"), token("and more"))
-    await writer.commit(complete())
-    await writer.evict()
-
-
-async def deleted(writer: Writer) -> None:
-    writer.publish(token("one"), token("two"))
-    await writer.flush()
-    writer.publish(token("three"))
-    await writer.delete()
-
-
-async def two_runs(writer: Writer) -> None:
-    """Runs interleave, and the other one goes on behind this one's end."""
-    writer.publish(token("one"))
-    writer.publish(token("other"), run_id=OTHER_RUN)
-    await writer.flush()
-    writer.publish(token("two"))
-    await writer.commit(complete())
-    writer.publish(token("other"), run_id=OTHER_RUN)
-    await writer.commit(complete(), run_id=OTHER_RUN)
-    await writer.may_leave.wait()
-    await writer.evict()
-
-
-async def stored_late(writer: Writer) -> None:
-    """The readers are there before the session, and its first writer leaves without having stored anything."""
-    await writer.open()
-    await writer.evict()
-    await writer.open()
-    await writer.commit(started())
-    writer.publish(token("one"))
-    await writer.commit(complete())
-    await writer.evict()
-
-
 ScenarioOf = Callable[[Kit], Scenario]
 
 
@@ -159,8 +89,10 @@ def watched(
     until: Until = run_complete,
     last: int | None = None,
     may_be_refused: bool = False,
+    outages: int = 0,
 ) -> ScenarioOf:
-    """`write` goes on while one reader is cancelled, and another reads the same in peace."""
+    """`write` goes on while one reader is cancelled, and another reads the same in peace. Each is told of so many
+    outages, once; a subscription that comes in the middle of one is told of it anew."""
 
     def with_kit(kit: Kit) -> Scenario:
         async def scenario(cut: Cut) -> Check:
@@ -183,6 +115,8 @@ def watched(
                 assert may_be_refused or not victim.refused
                 bystander.check(log)
                 victim.check(log)
+                assert bystander.outages == outages
+                assert outages <= victim.outages <= outages + (outages > 0 and go_on is reconnecting)
                 world.check_empty()
 
             return check
@@ -343,6 +277,12 @@ SCENARIOS: Final[Mapping[str, ScenarioOf]] = {
         two_runs, window_bytes=TINY_WINDOW, go_on=retrying, run_id=RUN, until=never
     ),
     "stored late": watched(stored_late, after=None, last=3, may_be_refused=True),
+    "an outage": watched(failing, outages=2),
+    "an outage, retried": watched(failing, go_on=retrying, outages=2),
+    "an outage, behind a tiny window": watched(
+        failing_to_read_too, window_bytes=TINY_WINDOW, go_on=retrying, outages=2
+    ),
+    "a writer gave up in an outage": watched(gave_up_in_an_outage, outages=1),
     "from now": from_now,
     "deleted and made again": made_again,
 }

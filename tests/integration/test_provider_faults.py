@@ -25,7 +25,9 @@ FAULTS = {
     "reset in the middle": (Answer(fault="reset", fault_after=2), "provider_protocol", True),
     "huge line": (Answer(fault="huge_line", fault_after=2), "provider_protocol", True),
     "error in the stream": (Answer(fault="error", fault_after=2, error={"message": "died"}), "provider_error", True),
-    "nothing": (Answer(fault="close", fault_after=0), "provider_unreachable", True),
+    "closed before a token": (Answer(fault="close", fault_after=0), "provider_unreachable", True),
+    "reset before a token": (Answer(fault="reset", fault_after=0), "provider_unreachable", True),
+    "reset before the head": (Answer(fault="reset", fault_after=None), "provider_unreachable", True),
 }
 
 
@@ -77,3 +79,55 @@ async def test_a_provider_that_stalls(tmp_path: Path, fault_after: int, code: st
             events = await chat_to_the_end(server.http_url, "first", "s")
             await reply.wait_client_left()
     assert events[-1]["code"] == code
+
+
+PASSING = {
+    "429": (error_answer(429, "slow down"), "provider_rate_limited", None),
+    "429 with Retry-After": (
+        error_answer(429, "slow down", headers={"Retry-After": "1"}),
+        "provider_rate_limited",
+        1000,
+    ),
+    "500": (error_answer(500, "oops"), "provider_error", None),
+    "503 with Retry-After": (error_answer(503, "busy", headers={"Retry-After": "1"}), "provider_error", 1000),
+    "reset before a token": (Answer(fault="reset", fault_after=0), "provider_unreachable", None),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+async def test_what_passes_before_the_first_delta_is_told_and_tried_again(tmp_path: Path, name: str) -> None:
+    answer, code, delay_ms = PASSING[name]
+    with trio.fail_after(DEADLINE_S):
+        async with (
+            open_upstream() as upstream,
+            running(server_config(tmp_path, upstream.base_url, max_retries=1)) as server,
+        ):
+            upstream.answer(answer)
+            events = await chat_to_the_end(server.http_url, "first", "s")
+    assert [event["type"] for event in events[:3]] == ["user_message", "run_started", "agent_retry"]
+    retry = events[2]
+    assert (retry["attempt"], retry["provider"], retry["code"]) == (1, "fake", code)
+    assert retry["delay_ms"] == delay_ms if delay_ms is not None else 0 < retry["delay_ms"] <= 1000
+    assert "".join(event["token"] for event in events if event["type"] == "agent_token") == "Hello, world!"
+    assert events[-1]["type"] == "agent_complete"
+
+
+async def test_a_failure_behind_the_first_delta_is_not_tried_again(tmp_path: Path) -> None:
+    with trio.fail_after(DEADLINE_S):
+        async with open_upstream() as upstream:
+            async with running(server_config(tmp_path, upstream.base_url, max_retries=3)) as server:
+                upstream.answer(Answer(fault="reset", fault_after=2))
+                events = await chat_to_the_end(server.http_url, "first", "s")
+            assert len(upstream.requests) == 1
+    assert "agent_retry" not in [event["type"] for event in events]
+    assert [event["type"] for event in events[-2:]] == ["agent_message", "agent_error"]
+
+
+async def test_an_answer_that_drips_in_byte_by_byte_is_the_same_answer(tmp_path: Path) -> None:
+    tokens = ["Grüße, ", "世界", " 🎋", "\r\n", "data: [DONE]\n\n"]
+    with trio.fail_after(DEADLINE_S):
+        async with open_upstream() as upstream, running(server_config(tmp_path, upstream.base_url)) as server:
+            upstream.answer(Answer(tokens=tokens, split=1))
+            events = await chat_to_the_end(server.http_url, "first", "s")
+    assert [event["token"] for event in events if event["type"] == "agent_token"] == tokens
+    assert events[-1]["type"] == "agent_complete"

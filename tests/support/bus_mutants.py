@@ -13,8 +13,9 @@ from bamboo.bus.event_bus import EventBus
 from bamboo.bus.log_reader import READ_BYTES, LogReader
 from bamboo.bus.subscription import Subscription
 from bamboo.bus.topic import Doorbell, Subscriber, Topic, Window
-from bamboo.core.events import Event, Gap
+from bamboo.core.events import Event, Item, Outage
 from bamboo.core.types import Cursor, Epoch, RunId, SessionId
+from bamboo.errors import StoreError
 from tests.support.bus_world import Kit
 
 
@@ -92,6 +93,46 @@ class _KeepsEmptySessions(Topic):
         pass
 
 
+class _TellsOfOutagesInSilence(Topic):
+    """Whoever sleeps is not told until something else wakes it."""
+
+    def begin_outage(self, error: StoreError) -> None:
+        subscriptions = set(self.subscriptions)
+        self.subscriptions.clear()
+        super().begin_outage(error)
+        self.subscriptions.update(subscriptions)
+        for subscription in subscriptions:
+            subscription.outage_turned()
+
+
+class _TellsOnlyOneOfOutages(Topic):
+    def begin_outage(self, error: StoreError) -> None:
+        others = list(self.subscriptions)[1:]
+        self.subscriptions.difference_update(others)
+        super().begin_outage(error)
+        self.subscriptions.update(others)
+
+
+class _TellsNewcomersNothing(Topic):
+    def join(self, subscription: Subscriber) -> None:
+        outage, self.outage = self.outage, None
+        super().join(subscription)
+        self.outage = outage
+
+
+class _ForgetsOutageWithItsWriter(Topic):
+    """A writer that gives up takes the outage along."""
+
+    def window_closed(self, window: Window) -> None:
+        self.end_outage()
+        super().window_closed(window)
+
+
+class _NeverEndsAnOutage(Topic):
+    def end_outage(self) -> None:
+        pass
+
+
 # Windows
 
 
@@ -156,7 +197,7 @@ class _HasOneTooMany(Window):
 
 
 class _MovesBeforeItAwaits(Subscription):
-    async def receive(self) -> list[Event | Gap]:
+    async def receive(self) -> list[Item]:
         while True:
             items = self.take_nowait()
             if items is None:
@@ -169,7 +210,7 @@ class _MovesBeforeItAwaits(Subscription):
 
 
 class _MovesBeforeItReads(Subscription):
-    async def fetch(self) -> list[Event | Gap]:
+    async def fetch(self) -> list[Item]:
         log = await self._topic.reader.extent(self.session_id)
         place = self.seq
         if log is not None:
@@ -181,7 +222,7 @@ class _MovesBeforeItReads(Subscription):
 class _MovesToTheHead(Subscription):
     """Takes a page for the whole log."""
 
-    async def fetch(self) -> list[Event | Gap]:
+    async def fetch(self) -> list[Item]:
         items = await super().fetch()
         extent = await self._topic.reader.extent(self.session_id)
         if items and extent is not None:
@@ -204,7 +245,7 @@ class _IsNotRewound(Subscription):
 class _BelievesOldPages(Subscription):
     """Goes on behind a page that it was rewound, or that its session was deleted, while it was read."""
 
-    async def fetch(self) -> list[Event | Gap]:
+    async def fetch(self) -> list[Item]:
         version = self._topic.version
         page = await self._topic.reader.read(self.session_id, self.seq, max_bytes=READ_BYTES, run_id=self._run_id)
         if page is None:
@@ -221,7 +262,7 @@ class _BelievesOldPages(Subscription):
 class _LooksAwayForGood(Subscription):
     """Having met the end of the stored log once, it never looks there again."""
 
-    def take_nowait(self) -> list[Event | Gap] | None:
+    def take_nowait(self) -> list[Item] | None:
         if self._idle_version >= 0:
             self._idle_version = self._topic.version
         return super().take_nowait()
@@ -230,7 +271,7 @@ class _LooksAwayForGood(Subscription):
 class _GoesOnAfterTheEnd(Subscription):
     """Follows the session instead of the run to its end."""
 
-    def take_nowait(self) -> list[Event | Gap] | None:
+    def take_nowait(self) -> list[Item] | None:
         items = super().take_nowait()
         self.ended = self.seq == self._topic.closed_seq
         return items
@@ -239,9 +280,56 @@ class _GoesOnAfterTheEnd(Subscription):
 class _LosesItsGap(Subscription):
     """Puts the gap away before it has something to say besides."""
 
-    def take_nowait(self) -> list[Event | Gap] | None:
+    def take_nowait(self) -> list[Item] | None:
         self._gap = None
         return super().take_nowait()
+
+
+class _TellsOfAnOutageAtEachLook(Subscription):
+    def _take_urgent(self, items: list[Item]) -> None:
+        outage = self._outage
+        super()._take_urgent(items)
+        self._outage, self._urgent = outage, outage is not None
+
+
+class _TellsOfEachFailure(Subscription):
+    """Of the writer's and of each read of its own, be it one outage or not."""
+
+    def outage_turned(self) -> None:
+        self._told = False
+        super().outage_turned()
+
+
+class _TellsOfReadsApart(Subscription):
+    """Once of the writer's failure, and once more of its own."""
+
+    def _turn_read_outage(self, outage: Outage | None) -> None:
+        if outage is not None and self._read_outage is None:
+            self._told = False
+        super()._turn_read_outage(outage)
+
+
+class _TellsOfWhatIsOver(Subscription):
+    def outage_turned(self) -> None:
+        outage, urgent = self._outage, self._urgent
+        super().outage_turned()
+        if outage is not None:
+            self._outage, self._urgent = outage, urgent
+
+
+class _LosesItsOutage(Subscription):
+    """Puts the outage away when it has to read the store first."""
+
+    async def fetch(self) -> list[Item]:
+        self._outage = None
+        return await super().fetch()
+
+    def take_nowait(self) -> list[Item] | None:
+        outage, self._outage = self._outage, None
+        items = super().take_nowait()
+        if items is not None and outage is not None:
+            items.append(outage)
+        return items
 
 
 class _SkipsWhatWasReadMeanwhile(Subscription):
@@ -309,6 +397,16 @@ MUTANTS: Final[Mapping[str, Kit]] = {
     "a reader looks away for good": _kit(subscription=_LooksAwayForGood),
     "a reader goes on after the end": _kit(subscription=_GoesOnAfterTheEnd),
     "a reader loses its gap": _kit(subscription=_LosesItsGap),
+    "an outage does not ring": _kit(topic=_TellsOfOutagesInSilence),
+    "an outage is told to one": _kit(topic=_TellsOnlyOneOfOutages),
+    "an outage is not told to who comes later": _kit(topic=_TellsNewcomersNothing),
+    "an outage ends with its writer": _kit(topic=_ForgetsOutageWithItsWriter),
+    "an outage does not end": _kit(topic=_NeverEndsAnOutage),
+    "an outage is told at each look": _kit(subscription=_TellsOfAnOutageAtEachLook),
+    "an outage is told at each failure": _kit(subscription=_TellsOfEachFailure),
+    "an outage is told once for writing and once for reading": _kit(subscription=_TellsOfReadsApart),
+    "an outage that is over is told": _kit(subscription=_TellsOfWhatIsOver),
+    "a reader loses its outage": _kit(subscription=_LosesItsOutage),
     "begin reads the head first and moves later": _kit(subscription=_SkipsWhatWasReadMeanwhile),
     "begin reads the head before it subscribes": _kit(bus=_SubscribesLate),
     "the first who leaves takes the session along": _kit(topic=_LeavesWithEverybody),

@@ -19,6 +19,8 @@ from bamboo.core.events import (
     Event,
     EventBody,
     Gap,
+    Item,
+    Outage,
     RunStarted,
     SessionClosed,
 )
@@ -88,6 +90,8 @@ class KeptLogs:
         self.reads = 0
         self.failures = 0
         """So many of the next reads fail."""
+        self.failing = False
+        """And all of them while this is set."""
         self.hold: trio.Event | None = None
         """Reads look only when this is set."""
         self._page_events = page_events
@@ -130,8 +134,8 @@ class KeptLogs:
         await self.pause()
         if self.hold is not None:
             await self.hold.wait()
-        if self.failures:
-            self.failures -= 1
+        if self.failing or self.failures:
+            self.failures -= not self.failing
             raise StoreError("the disk is on fire")
 
 
@@ -141,7 +145,7 @@ class Writer:
 
     def __init__(self, bus: EventBus, logs: KeptLogs, session_id: SessionId = SESSION) -> None:
         self._bus = bus
-        self._logs = logs
+        self.logs = logs
         self._uncommitted: list[Event] = []
         self._epochs_drawn = 0
         self._window: Window | None = None
@@ -161,12 +165,12 @@ class Writer:
 
     @property
     def log(self) -> KeptLog:
-        return self._logs.logs[self.session_id]
+        return self.logs.logs[self.session_id]
 
     async def open(self, *, new_epoch: bool = False) -> None:
         """Own the session, which need not be stored yet, and open its window."""
-        await self._logs.pause()
-        log = self._logs.logs.get(self.session_id)
+        await self.logs.pause()
+        log = self.logs.logs.get(self.session_id)
         if log is None:
             self._window = self._bus.open_window(self.session_id, self._draw_epoch(), 0, first_seq=1)
             return
@@ -204,14 +208,14 @@ class Writer:
 
     async def _store(self, events: list[Event]) -> None:
         window = self.window
-        await self._logs.pause()
-        log = self._logs.logs.get(self.session_id)
+        await self.logs.pause()
+        log = self.logs.logs.get(self.session_id)
         if log is None:
-            log = self._logs.logs[self.session_id] = KeptLog([EpochStart(window.epoch, window.epoch_first_seq)])
+            log = self.logs.logs[self.session_id] = KeptLog([EpochStart(window.epoch, window.epoch_first_seq)])
         log.events += events
         log.head = events[-1].seq
         self._uncommitted = [event for event in self._uncommitted if event.seq > log.head]
-        await self._logs.pause()
+        await self.logs.pause()
 
     def _publish(self, event: Event) -> None:
         self.head = event.seq
@@ -241,18 +245,24 @@ class Writer:
     async def delete(self) -> None:
         """Erase the session: its log is gone from the store, then `session_closed` is published, then the window
         closes, each in a step of its own."""
-        await self._logs.pause()
+        await self.logs.pause()
         closing = self._event(self.head + 1, SessionClosed(), None)
         self.erased = [*self.log.trimmed, *self.log.events, *self._uncommitted, closing]
-        del self._logs.logs[self.session_id]
+        del self.logs.logs[self.session_id]
         self._uncommitted.clear()
-        await self._logs.pause()
+        await self.logs.pause()
         self._publish(closing)
         self.window.mark_durable(closing.seq)
-        await self._logs.pause()
+        await self.logs.pause()
         self.head = 0
         self.window.close_deleted()
         self._window = None
+
+    def begin_outage(self) -> None:
+        self.window.begin_outage(StoreError("the disk is full"))
+
+    def end_outage(self) -> None:
+        self.window.end_outage()
 
     def trim(self, floor: int) -> None:
         """Retention: remove everything up to `floor` from the kept log."""
@@ -315,6 +325,8 @@ class Reader:
         """What comes after this seq is its own."""
         self.kept: list[Event] = []
         self.gaps: list[Gap] = []
+        self.outages = 0
+        """So many it was told of."""
         self.missing: set[int] = set()
         self.done = False
         self.refused = False
@@ -355,15 +367,22 @@ class Reader:
     async def read(self, subscription: Subscription) -> None:
         """Read until the reader's end. May be cancelled, and called again with the same subscription."""
         while not self.done:
-            items = await subscription.receive()
+            try:
+                items = await subscription.receive()
+            except StoreError:
+                await trio.lowlevel.checkpoint()
+                continue
             self.note(items)
             if not items:
                 self.done = True
 
-    def note(self, items: Sequence[Event | Gap]) -> None:
+    def note(self, items: Sequence[Item]) -> None:
         for item in items:
             if isinstance(item, Gap):
                 self._note_gap(item)
+            elif isinstance(item, Outage):
+                assert not self.done, "an outage after the end"
+                self.outages += 1
             else:
                 self._note_event(item)
 
@@ -427,19 +446,20 @@ async def stored(world: World, tokens: int) -> None:
 
 
 async def take_all(subscription: Subscription) -> list[Event | Gap]:
-    """What is there now, from the window and from the store."""
+    """What is there now, from the window and from the store, which works."""
     taken: list[Event | Gap] = []
     while True:
         items = subscription.take_nowait()
         if items is None:
-            taken += await subscription.fetch()
-        elif items:
-            taken += items
-        else:
+            items = await subscription.fetch()
+        elif not items:
             return taken
+        for item in items:
+            assert not isinstance(item, Outage), repr(item)
+            taken.append(item)
 
 
-def seqs(items: Sequence[Event | Gap] | None) -> list[int]:
+def seqs(items: Sequence[Item] | None) -> list[int]:
     assert items is not None
     return [item.seq for item in items if isinstance(item, Event)]
 

@@ -70,6 +70,8 @@ class HttpConnection:
         self._host = host
         self._rest = b""
         self._parser = h11.Connection(h11.CLIENT)
+        self.receive_bytes = 65536
+        """How much one read takes at most: a client that wants to stop in the middle of something reads less."""
 
     async def send(self, data: bytes, *, step: int | None = None) -> None:
         """`step`: so many bytes in each packet."""
@@ -152,7 +154,7 @@ class HttpConnection:
             if event is not h11.NEED_DATA:
                 return event
             try:
-                data = await self.stream.receive_some(65536)
+                data = await self.stream.receive_some(self.receive_bytes)
             except trio.BrokenResourceError as error:
                 raise Cut("the server reset the connection") from error
             self._parser.receive_data(data)

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from itertools import count
 
+from bamboo.core.attempts import Candidate, Failure, Retry
 from bamboo.core.events import AgentMessage
-from bamboo.core.run import CallTools, Failure, Retry, RunLimits, RunMachine, RunSettings
+from bamboo.core.run import CallTools, RunLimits, RunMachine, RunSettings
 from bamboo.core.types import (
     JsonObject,
     Message,
@@ -24,12 +25,16 @@ ASKED = Message(MessageId("asked"), RUN, "user", text_content("hello"), 1_000)
 LOOK = ToolSpec("look", "Looks.", {"type": "object"})
 WRITE = ToolSpec("write", "Writes.", {"type": "object"})
 
+FIRST = Candidate("p", "m")
+SECOND = Candidate("p2", "m2")
+THIRD = Candidate("p3", "m3")
+
 BUSY = Failure("provider_rate_limited", "slow down", retryable=True)
 BROKEN = Failure("provider_protocol", "garbage", retryable=True)
 
 
 def new_machine(
-    *,
+    *candidates: Candidate,
     max_steps: int = 10,
     max_retries: int = 2,
     random: Callable[[], float] = lambda: 0.5,
@@ -39,8 +44,7 @@ def new_machine(
     numbers = count(1)
     settings = RunSettings(
         run_id=RUN,
-        provider="p",
-        model="m",
+        candidates=candidates or [FIRST],
         system_prompt=system_prompt,
         params=params,
         tools=[LOOK, WRITE],
@@ -55,8 +59,10 @@ def begin(machine: RunMachine, history: Sequence[Message] = (ASKED,)) -> ModelCa
     return machine.next_call()
 
 
-def begun(*, max_steps: int = 10, max_retries: int = 2, random: Callable[[], float] = lambda: 0.5) -> RunMachine:
-    machine = new_machine(max_steps=max_steps, max_retries=max_retries, random=random)
+def begun(
+    *candidates: Candidate, max_steps: int = 10, max_retries: int = 2, random: Callable[[], float] = lambda: 0.5
+) -> RunMachine:
+    machine = new_machine(*candidates, max_steps=max_steps, max_retries=max_retries, random=random)
     begin(machine)
     return machine
 

@@ -124,8 +124,8 @@ def process_environment(directory: Path, **variables: str) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def server_process(directory: Path, *arguments: str, **variables: str) -> AsyncIterator[ServerProcess]:
-    """A server process that listens. Killed at the end, if it still lives."""
+async def starting_process(directory: Path, *arguments: str, **variables: str) -> AsyncIterator[ServerProcess]:
+    """A server process that was just started. Killed at the end, if it still lives."""
     command = [sys.executable, "-m", "bamboo", *arguments]
     async with trio.open_nursery() as nursery:
         run = partial(
@@ -137,7 +137,14 @@ async def server_process(directory: Path, *arguments: str, **variables: str) -> 
         )
         server = ServerProcess(await nursery.start(run, command))
         nursery.start_soon(server.read_log)
+        yield server
+        server.process.kill()
+
+
+@asynccontextmanager
+async def server_process(directory: Path, *arguments: str, **variables: str) -> AsyncIterator[ServerProcess]:
+    """A server process that listens. Killed at the end, if it still lives."""
+    async with starting_process(directory, *arguments, **variables) as server:
         start = await server.wait_logged("listening")
         server.http_url, server.gateway_url = start["http"], start["gateway"]
         yield server
-        server.process.kill()

@@ -20,7 +20,8 @@ class Gate:
         self._arrival = trio.Event()
 
     def close(self) -> None:
-        self._open = trio.Event()
+        if self._open.is_set():
+            self._open = trio.Event()
 
     def open(self) -> None:
         self._open.set()
@@ -57,21 +58,30 @@ class GatedLog:
         await self._log.commit(commit)
         self.head = self._log.head
         self._store.commits.append(commit)
+        if not self._store.answers:
+            await trio.sleep_forever()
 
 
 class GatedStore(MemoryStore):
-    """`gate` holds commits up, `failures` are raised by the next ones, `loading_failures`
-    by the next owners' loading, `commits` are those that were done."""
+    """`gate` holds commits up, `failures` are raised by the next ones; `loading_gate` and `loading_failures` are for
+    the next owners' loading. `commits` are those that were done, `loads` counts the owners that came, also in vain.
+    """
 
     def __init__(self, now_ms: Callable[[], int]) -> None:
         super().__init__(now_ms)
         self.gate = Gate()
         self.failures: list[Exception] = []
+        self.loading_gate = Gate()
         self.loading_failures: list[Exception] = []
+        self.loads = 0
         self.commits: list[Commit] = []
+        self.answers = True
+        """While it is False, whoever commits never hears that it was done."""
 
     @asynccontextmanager
     async def own(self, session_id: SessionId, *, new_epoch: bool = False) -> AsyncIterator[SessionLog]:
+        self.loads += 1
+        await self.loading_gate.pass_through()
         if self.loading_failures:
             await trio.lowlevel.checkpoint()
             raise self.loading_failures.pop(0)

@@ -18,8 +18,11 @@ before the second, and so on until one run comes through uncancelled; and all th
 Time is virtual (trio's MockClock, jumping as soon as every task sleeps), so a scenario that hangs is found at once. A
 scenario with threads or sockets needs `virtual_time=False`. Whatever goes wrong is told as `SweepFailed` with the seed
 and the step; `seeds=[seed], steps=[step]` runs just that again.
+
+BAMBOO_SWEEP_SEEDS is how many seeds a sweep has at least that takes them from `usual_seeds`.
 """
 
+import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +35,8 @@ import trio
 import trio.testing
 from trio._core import _run as trio_run
 
+from tests.support.bugs import leaves
+
 DEADLINE_S: Final = 5.0
 """Virtual or real: a scenario of this kind that takes longer hangs."""
 
@@ -40,6 +45,11 @@ MAX_STEPS: Final = 20_000
 
 Counted = Literal["run", "task"]
 Check = Callable[[], None]
+
+
+def usual_seeds(usual: int) -> range:
+    """So many seeds, or as many as BAMBOO_SWEEP_SEEDS says, if that is more."""
+    return range(max(usual, int(os.environ.get("BAMBOO_SWEEP_SEEDS", "0"))))
 
 
 class SweepFailed(AssertionError):  # noqa: N818 - it reads as what it is
@@ -74,6 +84,8 @@ class Cut:
         self._scope = trio.CancelScope()
         self._open = False
         self._task: trio.lowlevel.Task | None = None
+        self.at_once: Callable[[], None] = _nothing
+        """What else happens in the instant of the cancellation, before any task runs again."""
         self.steps = 0
         self.reached = False
 
@@ -108,6 +120,11 @@ class Cut:
             if self.steps == self._step:
                 self.reached = True
                 self._scope.cancel()
+                self.at_once()
+
+
+def _nothing() -> None:
+    pass
 
 
 Scenario = Callable[[Cut], Awaitable[Check | None]]
@@ -137,12 +154,16 @@ def sweep(
     *,
     seeds: Iterable[int] = range(60),
     steps: Iterable[int] | None = None,
+    every: int = 1,
     counted: Counted = "run",
     virtual_time: bool = True,
     deadline_s: float = DEADLINE_S,
     max_steps: int = MAX_STEPS,
 ) -> Swept:
     """Run `scenario` cancelled at step 1, 2, 3 … (or at `steps`) until it comes through, for each of `seeds`.
+
+    With `every`, a seed cancels only at one step out of so many, the next seed at the next ones: as many orders of the
+    tasks for a fraction of the time, and `every` seeds together leave no step out.
 
     `counted` says which steps count while the cut is open: those of every task of the "run" (so that the cancellation
     also comes between two steps of the task that is cancelled), or only those of the "task" that entered the cut.
@@ -151,8 +172,8 @@ def sweep(
     and for a sweep in which nothing could be cancelled.
     """
     runs = cancelled = longest = 0
-    for seed in seeds:
-        for step in count(1) if steps is None else steps:
+    for number, seed in enumerate(seeds):
+        for step in count(1 + number % every, every) if steps is None else steps:
             cut = run_once(
                 scenario,
                 seed,
@@ -199,7 +220,8 @@ def run_once(
         if not instrument.endless and check is not None:
             check()
     except Exception as error:
-        raise SweepFailed(f"{type(error).__name__}: {error}", seed, step if cut.reached else None) from error
+        what = ", ".join(f"{type(leaf).__name__}: {leaf}" for leaf in leaves(error))
+        raise SweepFailed(what, seed, step if cut.reached else None) from error
     if instrument.endless:
         raise SweepFailed(f"more than {max_steps} task steps", seed, step if cut.reached else None)
     return cut

@@ -12,6 +12,7 @@ from bamboo.store import wall_clock_ms
 from bamboo.store.base import Store
 from bamboo.store.memory import MemoryStore
 from bamboo.web.app import Web, open_web
+from bamboo.wire.addresses import AddressLimits
 from tests.support.agents import World, open_world
 from tests.support.http_client import Answer, Headers, HttpConnection, SseReader, ask, connect
 from tests.support.model import PlayedCall
@@ -115,6 +116,7 @@ async def _open(
             bus=world.bus,
             store=world.store,
             providers=world.agents._around.providers,
+            addresses=AddressLimits.of(config.server),
             gateway_url=gateway_url,
             ready=ready,
         ) as web,

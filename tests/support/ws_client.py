@@ -7,16 +7,35 @@ task per client. No method has a deadline: the test has one.
 
 import json
 import socket
+import ssl
+import struct
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, open_websocket_url
 
 JsonFrame = dict[str, Any]
+
+
+def types(frames: list[JsonFrame]) -> list[str]:
+    return [frame["type"] for frame in frames]
+
+
+def seqs(frames: list[JsonFrame]) -> list[int]:
+    return [frame["seq"] for frame in frames if "seq" in frame]
+
+
+CONTINUATION: Final = 0
+TEXT: Final = 1
+BINARY: Final = 2
+CLOSE: Final = 8
+PING: Final = 9
+PONG: Final = 10
+"""Opcodes, RFC 6455 section 5.2."""
 
 TERMINAL = frozenset({"agent_complete", "agent_error", "agent_stopped"})
 
@@ -117,11 +136,13 @@ class WsClient:
 
 
 @asynccontextmanager
-async def open_ws(url: str, *, headers: Mapping[str, str] | None = None) -> AsyncIterator[WsClient]:
+async def open_ws(
+    url: str, *, headers: Mapping[str, str] | None = None, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[WsClient]:
     """An upgraded connection that has not said `connect`. Where the upgrade is refused, use `handshake`."""
     pairs = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
     async with open_websocket_url(
-        url, extra_headers=pairs, max_message_size=64 * 1024 * 1024, disconnect_timeout=5
+        url, ssl_context=tls, extra_headers=pairs, max_message_size=64 * 1024 * 1024, disconnect_timeout=5
     ) as ws:
         try:
             yield WsClient(ws)
@@ -131,9 +152,11 @@ async def open_ws(url: str, *, headers: Mapping[str, str] | None = None) -> Asyn
 
 
 @asynccontextmanager
-async def connect(url: str, *, headers: Mapping[str, str] | None = None, **fields: Any) -> AsyncIterator[WsClient]:
+async def connect(
+    url: str, *, headers: Mapping[str, str] | None = None, tls: ssl.SSLContext | None = None, **fields: Any
+) -> AsyncIterator[WsClient]:
     """A connection that has said `connect` with these fields, and been answered `connected`."""
-    async with open_ws(url, headers=headers) as client:
+    async with open_ws(url, headers=headers, tls=tls) as client:
         client.connected = await client.call({"type": "connect", **fields})
         assert client.connected["type"] == "connected", client.connected
         yield client
@@ -167,10 +190,13 @@ def client_frame(payload: bytes, *, opcode: int = 1, final: bool = True) -> byte
 
 
 class RawClient:
-    """A socket on which a test says WebSocket byte by byte, or stops reading."""
+    """A socket on which a test says WebSocket byte by byte, or stops reading. `tcp` is what is under `stream`, which
+    may go through TLS.
+    """
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, tcp: trio.SocketStream | None = None) -> None:
         self.stream = stream
+        self.tcp = tcp or stream
         self.unread = b""
 
     async def send(self, data: bytes) -> None:
@@ -187,6 +213,12 @@ class RawClient:
             self.unread += data
         head, _, self.unread = self.unread.partition(b"\r\n\r\n")
         return head
+
+    async def handshake_answer(self) -> "HandshakeAnswer":
+        status, *lines = (await self.head()).decode("latin-1").split("\r\n")
+        fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        code = int(status.split()[1])
+        return HandshakeAnswer(code, fields, b"" if code == 101 else await self.rest())
 
     async def receive(self) -> tuple[int, bytes]:
         """The next frame: its opcode and its payload. (0, b"") at the end of the connection."""
@@ -208,6 +240,39 @@ class RawClient:
         frame = json.loads(payload)
         assert isinstance(frame, dict)
         return frame
+
+    async def next_json(self) -> JsonFrame:
+        """The next text frame; pings on the way are answered."""
+        while True:
+            opcode, payload = await self.receive()
+            if opcode == PING:
+                await self.send(client_frame(payload, opcode=PONG))
+            else:
+                assert opcode == TEXT, (opcode, payload)
+                return dict(json.loads(payload))
+
+    async def beat(self, pings: int) -> None:
+        """Answer this many pings of the server: for a test, a clock that needs no sleep."""
+        while pings:
+            opcode, payload = await self.receive()
+            assert opcode in (PING, TEXT)
+            if opcode == PING:
+                await self.send(client_frame(payload, opcode=PONG))
+                pings -= 1
+
+    async def close_code(self) -> int:
+        """Read to the close frame; 1006 if the connection ends without one."""
+        while True:
+            opcode, payload = await self.receive()
+            if opcode == CLOSE:
+                return int.from_bytes(payload[:2])
+            if opcode == 0:
+                return 1006
+
+    def reset(self) -> None:
+        """Drop the connection as a client does that is gone: a RST, nothing said."""
+        self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.tcp.socket.close()
 
     async def rest(self) -> bytes:
         """Everything to the end of the connection, be it a reset."""
@@ -231,9 +296,11 @@ class RawClient:
 
 
 @asynccontextmanager
-async def open_raw(url: str, *, receive_buffer: int | None = None) -> AsyncIterator[RawClient]:
-    """A TCP connection to the gateway, nothing sent. With a small `receive_buffer` (bytes) a client that does not read
-    is felt early.
+async def open_raw(
+    url: str, *, receive_buffer: int | None = None, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[RawClient]:
+    """A connection to the gateway, nothing sent, but the TLS handshake for a `wss:` URL. With a small `receive_buffer`
+    (bytes) a client that does not read is felt early. It ends without a word of TLS.
     """
     parts = urlsplit(url)
     assert parts.hostname is not None
@@ -241,14 +308,23 @@ async def open_raw(url: str, *, receive_buffer: int | None = None) -> AsyncItera
     if receive_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     await sock.connect((parts.hostname, parts.port))
-    async with trio.SocketStream(sock) as stream:
-        yield RawClient(stream)
+    async with trio.SocketStream(sock) as tcp:
+        if parts.scheme == "ws":
+            yield RawClient(tcp)
+            return
+        assert tls is not None, "a wss: URL needs a context that trusts the server"
+        through = trio.SSLStream(tcp, tls, server_hostname=parts.hostname)
+        await through.do_handshake()
+        # RawClient needs a stream only; its type is for those that look at the socket.
+        yield RawClient(cast(trio.SocketStream, through), tcp)
 
 
 @asynccontextmanager
-async def open_upgraded(url: str, *, receive_buffer: int | None = None) -> AsyncIterator[RawClient]:
+async def open_upgraded(
+    url: str, *, receive_buffer: int | None = None, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[RawClient]:
     """A raw connection behind its handshake."""
-    async with open_raw(url, receive_buffer=receive_buffer) as client:
+    async with open_raw(url, receive_buffer=receive_buffer, tls=tls) as client:
         await client.send(upgrade_request(url))
         assert (await client.head()).startswith(b"HTTP/1.1 101 ")
         yield client
@@ -267,11 +343,8 @@ class HandshakeAnswer:
         return str(json.loads(self.body)["error"]["code"])
 
 
-async def handshake(url: str, **headers: str) -> HandshakeAnswer:
+async def handshake(url: str, *, tls: ssl.SSLContext | None = None, **headers: str) -> HandshakeAnswer:
     """Ask for the upgrade, and leave."""
-    async with open_raw(url) as client:
+    async with open_raw(url, tls=tls) as client:
         await client.send(upgrade_request(url, **headers))
-        status, *lines = (await client.head()).decode("latin-1").split("\r\n")
-        fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        code = int(status.split()[1])
-        return HandshakeAnswer(code, fields, b"" if code == 101 else await client.rest())
+        return await client.handshake_answer()
