@@ -29,6 +29,9 @@ IDLE_EVICT_S: Final = 0.2
 MEMORY_SLACK_BYTES: Final = 6 * 1024 * 1024
 """What the allocator may keep of a round more than of the one before; a leak of a few kilobytes a session is more."""
 
+LATE_FILES: Final = 6
+"""What SQLite's readers open once they are used: the log and its index, for each of the three."""
+
 DATABASE_SLACK_BYTES: Final = 256 * 1024 + 120 * SESSIONS
 """Pages that are free come and go with what happens at once; a deleted session leaves a tombstone behind."""
 
@@ -142,7 +145,7 @@ async def test_memory_files_and_the_database_are_after_a_round_what_they_were_be
                 files.append(open_files(server)[1])
                 sizes.append(await trio.to_thread.run_sync(partial(database_bytes, tmp_path)))
                 memory.append(memory_bytes(server))
-    assert files[1] <= files[0]
+    assert files[1] <= files[0] + LATE_FILES
     assert memory[1] - memory[0] < MEMORY_SLACK_BYTES
     assert sizes[1] - sizes[0] < DATABASE_SLACK_BYTES
 

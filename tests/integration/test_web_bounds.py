@@ -175,19 +175,6 @@ async def test_a_body_that_nobody_wants_is_not_waited_for() -> None:
         assert await connection.wait_closed() == b""
 
 
-async def test_a_chunked_body_is_measured_as_it_comes() -> None:
-    async with (
-        open_web_world(web_config(ServerConfig(port=0, max_body_bytes=1024))) as web,
-        web.connect() as connection,
-    ):
-        headers = {"Content-Type": "application/json", "Transfer-Encoding": "chunked"}
-        await connection.send(request_bytes("POST", "/api/v1/chat", headers=headers))
-        for _ in range(5):
-            await connection.send(b"100\r\n" + b"x" * 256 + b"\r\n")
-        answer = await connection.read_answer("POST")
-        assert (answer.status, answer.error["code"]) == (413, "too_large")
-
-
 @pytest.mark.parametrize("end", [b"", b"x" * 100_000])
 async def test_a_chunk_without_an_end_of_its_head_is_not_waited_for(end: bytes) -> None:
     async with open_web_world(web_config(small_heads())) as web, web.connect() as connection:
